@@ -1,0 +1,169 @@
+"""From a recipe or a YAML file and `key.path=value` overrides to a checked `Config`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from amint_ray.config.schema import Config
+from amint_ray.contracts import UserError
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with the package, sorted."""
+    folder = resources.files("amint_ray") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe with overrides applied.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        overrides: `key.path=value` each, in OmegaConf's dotlist syntax; later ones win.
+
+    Raises:
+        UserError: no such recipe, a file that does not parse, an unknown key, a wrong type, a
+            value out of range. The text names key, value and what is allowed.
+    """
+    tree = _read_yaml(recipe)
+    for override in overrides:
+        tree = _merge(tree, override)
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_first_line(error)}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(f"config: {_explain(e)}" for e in error.errors())) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(config: Config) -> str:
+    """16 hex digits over everything that can change the trained model or its figures.
+
+    Where the run is computed and recorded (`cluster`, `storage`, `tracking`) is left out.
+    """
+    values = config.model_dump(mode="json", exclude={"cluster", "storage", "tracking"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_yaml(recipe: str) -> DictConfig:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") or "/" in recipe:
+        if not path.is_file():
+            raise UserError(f"config: there is no file {recipe!r}")
+        where = recipe
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config: {recipe}: cannot be read as text: {error}") from error
+    elif recipe in recipe_names():
+        where = f"recipe {recipe}"
+        text = (resources.files("amint_ray") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
+    else:
+        raise UserError(
+            f"config: there is no recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}; "
+            f"recipes: {', '.join(recipe_names())}, or a path that ends in .yaml"
+        )
+    try:
+        tree = OmegaConf.create(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"config: {where}{place}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"config: {where}: not valid YAML: {_first_line(error)}") from error
+    if not isinstance(tree, DictConfig) or not _is_mapping(text):
+        raise UserError(f"config: {where}: holds no mapping of `key: value` lines")
+    if path.suffix in (".yaml", ".yml") and "name" not in tree:
+        tree["name"] = path.stem
+    return tree
+
+
+def _is_mapping(text: str) -> bool:
+    # OmegaConf reads a bare word as {word: null}; YAML itself says what the text is.
+    return isinstance(yaml.safe_load(text) or {}, dict)
+
+
+def _merge(tree: DictConfig, override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"config: override {override!r} is not of the form key.path=value")
+    try:
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"config: override {override!r}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One line for one of pydantic's errors."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path) or "the configuration"
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        valid = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        if near:
+            hint = f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?"
+        else:
+            elsewhere = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.5) or [
+                k for k in _all_keys() if k.rsplit(".", 1)[-1] == path[-1]
+            ]
+            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else ""
+        where = f"in {'.'.join(path[:-1])!r}" if path[:-1] else "at the top level"
+        return f"unknown key {key!r} (value {value!r}){hint} Keys {where}: {', '.join(valid)}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if isinstance(value, dict | BaseModel) and error["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key} = {value!r}: {message}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        candidates = [annotation, *get_args(annotation)]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
+            return []
+        section = models[0]
+    return list(section.model_fields)
+
+
+def _all_keys(prefix: tuple[str, ...] = ()) -> list[str]:
+    keys: list[str] = []
+    for name in _keys_at(prefix):
+        below = _all_keys((*prefix, name)) if _keys_at((*prefix, name)) else []
+        keys += below or [".".join((*prefix, name))]
+    return keys
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+

@@ -1,0 +1,167 @@
+"""The nouns that every room shares. Imports nothing of ours, and neither torch, Ray nor MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what is wrong, where, and what to do.
+
+    The command line prints the text alone and exits with code 2.
+    """
+
+
+class Role(StrEnum):
+    """What a sample is used for; decided once, by its content (`data/roles.py`)."""
+
+    MEMBER = "member"
+    """Trains the task; the MINT head learns it as 1."""
+    WITHHELD = "withheld"
+    """Trains the task; never shown to the MINT head."""
+    EXTERNAL = "external"
+    """Never trains the task; the MINT head learns it as 0."""
+    CALIBRATION = "calibration"
+    """Trains nothing; thresholds and conformal p-values come from it."""
+    TEST = "test"
+    """Trains nothing; every reported false-positive rate comes from it."""
+
+    @property
+    def trains_task(self) -> bool:
+        """Whether samples of this role belong to D, the audited model's training set."""
+        return self in (Role.MEMBER, Role.WITHHELD)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One joint step's samples: the rows of D first, then the rows of E.
+
+    Attributes:
+        images: (n_task + n_external, channels, height, width), as the backbone takes them.
+        labels: (n_task,) int64 class indices of the D rows.
+        membership: (n_task + n_external,) what the MINT head should say: 1 for D, 0 for E.
+        told: (n_task + n_external,) bool, rows that train the MINT head (false: withheld).
+        task_per_worker: rows of D in the *global* batch, divided by the number of workers. A
+            worker divides its summed task loss by this, so that DDP's mean of gradients is the
+            gradient of the mean over the global batch, however the rows are dealt out.
+        told_per_worker: the same for the rows that train the MINT head.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    membership: torch.Tensor
+    told: torch.Tensor
+    task_per_worker: float
+    told_per_worker: float
+
+    @property
+    def n_task(self) -> int:
+        """How many leading rows belong to D."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            membership=self.membership.to(device, non_blocking=True),
+            told=self.told.to(device, non_blocking=True),
+            task_per_worker=self.task_per_worker,
+            told_per_worker=self.told_per_worker,
+        )
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """Samples to score, with evaluation transforms applied.
+
+    Attributes:
+        images: (n, channels, height, width), as the backbone takes them.
+        labels: (n,) int64 class indices.
+        sample_id: (n,) the source's names.
+        role: (n,) `Role` values.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_id: npt.NDArray[np.str_]
+    role: npt.NDArray[np.str_]
+
+
+class Streams(Protocol):
+    """What the training loop reads: this rank's part of the data, in an order set by the seed."""
+
+    steps_per_epoch: int
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """The joint batches of one epoch (counted from 0); as many on every rank."""
+
+    def score_batches(self, roles: Collection[Role]) -> Iterator[ScoreBatch]:
+        """Every sample of these roles once over all ranks, this rank's part of them."""
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """What the trained model says of every sample: all membership metrics come from this.
+
+    One row a sample; all arrays have shape (n,).
+
+    Attributes:
+        sample_id: the source's name of the sample.
+        role: the sample's `Role`, as a string.
+        label: true class index.
+        prediction: the task's most likely class.
+        task_loss: cross-entropy in nats.
+        mint_logit: the MINT head's logit; larger means "more likely a member".
+    """
+
+    sample_id: npt.NDArray[np.str_]
+    role: npt.NDArray[np.str_]
+    label: npt.NDArray[np.int64]
+    prediction: npt.NDArray[np.int64]
+    task_loss: npt.NDArray[np.float64]
+    mint_logit: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def of(self, role: Role) -> ScoreTable:
+        """The rows of one role."""
+        keep = self.role == role.value
+        return ScoreTable(**{name: column[keep] for name, column in vars(self).items()})
+
+
+class RunContext(Protocol):
+    """All that the training loop knows of the world it runs in.
+
+    `train.loop.LocalContext` is the one for a single process; `launch.context.RayContext` the
+    one inside a Ray Train worker.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        """Tell whoever watches where the run is. Cheap; may be dropped."""
+
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+        """Commit a checkpoint. Every rank calls this; rank 0's `write_checkpoint` fills a folder.
+
+        Args:
+            metrics: numbers to keep beside the checkpoint.
+            write_checkpoint: called on rank 0 with an empty folder.
+        """
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest committed checkpoint of this run as a local folder, or None."""

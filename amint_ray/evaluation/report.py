@@ -1,0 +1,126 @@
+"""From the score table to the figures that a run reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from amint_ray.config.schema import Evaluation
+from amint_ray.contracts import Role, ScoreTable
+from amint_ray.evaluation import metrics
+from amint_ray.evaluation.calibration import threshold_at
+from amint_ray.evaluation.metrics import Interval
+
+Scores = npt.NDArray[np.float64]
+
+
+def evaluate(table: ScoreTable, config: Evaluation) -> dict[str, Any]:
+    """Every figure of "How amint_ray measures", from saved scores alone.
+
+    Returns:
+        `task.accuracy`; `membership.member` and `membership.withheld`, the MINT head's score on
+        that role against `test`; `loss_threshold.member` and `.withheld`, the same with the
+        negated task loss (Yeom et al., CSF 2018) as score. Leaves are `{value, low, high}`.
+    """
+    test = table.of(Role.TEST)
+    accuracy = metrics.proportion(
+        int((test.prediction == test.label).sum()), len(test), confidence=config.confidence
+    )
+    questions = (Role.MEMBER, Role.WITHHELD)
+    return {
+        "task": {"accuracy": accuracy.as_dict()},
+        "membership": {
+            role.value: _membership(table, role, table.mint_logit, config, half=0.0)
+            for role in questions
+        },
+        "loss_threshold": {
+            role.value: _membership(table, role, -table.task_loss, config, half=None)
+            for role in questions
+        },
+    }
+
+
+def _membership(
+    table: ScoreTable, role: Role, scores: Scores, config: Evaluation, *, half: float | None
+) -> dict[str, Any]:
+    """The figures of one question: `role` against `test`, by one score.
+
+    Args:
+        table: tells the roles.
+        role: the positives.
+        scores: (n,) one a row of the table.
+        config: levels and confidences.
+        half: the score that stands for a membership probability of 0.5, if there is one.
+    """
+    positives = scores[table.role == role.value]
+    negatives = scores[table.role == Role.TEST.value]
+    calibration = scores[table.role == Role.CALIBRATION.value]
+    confidence = config.confidence
+
+    def rates(threshold: float) -> tuple[Interval, Interval]:
+        return (
+            metrics.proportion(int((positives > threshold).sum()), len(positives), confidence=confidence),
+            metrics.proportion(int((negatives > threshold).sum()), len(negatives), confidence=confidence),
+        )
+
+    figures: dict[str, Any] = {"auc": metrics.auc(positives, negatives, confidence=confidence).as_dict()}
+    threshold = threshold_at(config.threshold_fpr, calibration)
+    if threshold is None:
+        unknown = Interval.unknown(_too_small(config.threshold_fpr, calibration)).as_dict()
+        figures |= {"balanced_accuracy": unknown, "threshold": None, "realised_fpr": unknown}
+        figures["precision_at_prior"] = {f"{prior:g}": unknown for prior in config.priors}
+    else:
+        tpr, fpr = rates(threshold)
+        figures |= {
+            "balanced_accuracy": metrics.balanced_accuracy(tpr, fpr).as_dict(),
+            "threshold": threshold,
+            "realised_fpr": fpr.as_dict(),
+        }
+        figures["precision_at_prior"] = {
+            f"{prior:g}": metrics.precision_at_prior(
+                int((positives > threshold).sum()),
+                len(positives),
+                int((negatives > threshold).sum()),
+                len(negatives),
+                prior=prior,
+                confidence=confidence,
+            ).as_dict()
+            for prior in config.priors
+        }
+    if half is not None:
+        figures["balanced_accuracy_at_half"] = metrics.balanced_accuracy(*rates(half)).as_dict()
+    figures["tpr_at_fpr"], figures["realised_fpr_at"] = {}, {}
+    for target in config.fprs:
+        tpr, fpr = _rates_at(target, rates, negatives, calibration, config)
+        figures["tpr_at_fpr"][f"{target:g}"] = tpr.as_dict()
+        figures["realised_fpr_at"][f"{target:g}"] = fpr.as_dict()
+    return figures
+
+
+def _rates_at(
+    target: float,
+    rates: Any,
+    negatives: Scores,
+    calibration: Scores,
+    config: Evaluation,
+) -> tuple[Interval, Interval]:
+    """TPR and realised FPR at the threshold calibrated to `target`, where they mean anything."""
+    expected = target * len(negatives)
+    if expected < config.min_false_positives:
+        unknown = Interval.unknown(
+            f"{expected:.3g} false positives expected among {len(negatives)} test images, "
+            f"{config.min_false_positives:g} needed"
+        )
+        return unknown, unknown
+    threshold = threshold_at(target, calibration)
+    if threshold is None:
+        unknown = Interval.unknown(_too_small(target, calibration))
+        return unknown, unknown
+    tpr, fpr = rates(threshold)
+    return tpr, fpr
+
+
+def _too_small(fpr: float, calibration: Scores) -> str:
+    return f"{len(calibration)} calibration images are too few for a rate of {fpr:g}"

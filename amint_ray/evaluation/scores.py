@@ -1,0 +1,70 @@
+"""Scoring: what a trained model says of samples, and the table on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from amint_ray.contracts import ScoreBatch, ScoreTable
+
+
+@torch.inference_mode()
+def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device) -> ScoreTable:
+    """Score samples in evaluation mode.
+
+    Args:
+        model: returns (task logits, membership logits) for images.
+        batches: samples with evaluation transforms applied.
+        device: where the model is.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    for batch in batches:
+        logits, membership = model(batch.images.to(device))
+        labels = batch.labels.to(device)
+        loss = F.cross_entropy(logits.double(), labels, reduction="none")
+        parts.append(
+            ScoreTable(
+                sample_id=batch.sample_id,
+                role=batch.role,
+                label=batch.labels.numpy(),
+                prediction=logits.argmax(1).cpu().numpy(),
+                task_loss=loss.cpu().numpy(),
+                mint_logit=membership.double().cpu().numpy(),
+            )
+        )
+    model.train(was_training)
+    return concatenate(parts)
+
+
+def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
+    """All rows of several tables, sorted by sample id so that the number of workers leaves no trace."""
+    if not parts:
+        text, whole, real = np.empty(0, np.str_), np.empty(0, np.int64), np.empty(0, np.float64)
+        return ScoreTable(text, text, whole, whole, real, real)
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])
+    }
+    order = np.argsort(columns["sample_id"], kind="stable")
+    return ScoreTable(**{name: column[order] for name, column in columns.items()})
+
+
+def write_scores(table: ScoreTable, path: Path) -> None:
+    """Store as Parquet."""
+    pq.write_table(pa.table({name: pa.array(column) for name, column in vars(table).items()}), path)
+
+
+def read_scores(path: Path) -> ScoreTable:
+    """Load what `write_scores` stored."""
+    table = pq.read_table(path)
+    text = {name: np.array(table[name].to_pylist(), np.str_) for name in ("sample_id", "role")}
+    numbers = {name: table[name].to_numpy() for name in table.column_names if name not in text}
+    return ScoreTable(**text, **numbers)

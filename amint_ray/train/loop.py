@@ -1,0 +1,237 @@
+"""The training loop: plain PyTorch, one process a rank, told of its world by a `RunContext`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+
+from amint_ray.config.load import fingerprint
+from amint_ray.config.schema import Config, Train
+from amint_ray.contracts import Role, RunContext, ScoreTable, Streams
+from amint_ray.evaluation.scores import concatenate, score, write_scores
+from amint_ray.model.joint import Architecture, AuditedModel
+from amint_ray.train.objective import Objective
+from amint_ray.train.reduce import sum_over_ranks
+from amint_ray.train.state import TrainState
+from amint_ray.train.step import SUMS, train_step
+
+SCORES = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank brings home.
+
+    Attributes:
+        model: the trained model, on the rank's device.
+        scores: of all samples, on rank 0; empty on the others.
+        history: one entry an epoch.
+        seconds: of `setup`, `train` and `evaluate`.
+    """
+
+    model: AuditedModel
+    scores: ScoreTable
+    history: list[dict[str, float]]
+    seconds: dict[str, float]
+
+
+def train(config: Config, architecture: Architecture, streams: Streams, context: RunContext) -> Trained:
+    """Train, score every sample, and commit checkpoints on the way.
+
+    Raises:
+        FloatingPointError: a loss is no longer finite.
+    """
+    started = time.perf_counter()
+    state = create_state(config, architecture, streams.steps_per_epoch, context.device)
+    checkpoint = context.latest_checkpoint()
+    if checkpoint is not None:
+        state.load(checkpoint, config_fingerprint=fingerprint(config))
+    model = _parallel(state.model, context)
+    set_up = time.perf_counter()
+    while state.epoch < config.train.epochs:
+        _train_epoch(model, state, config, streams, context)
+        done = state.epoch == config.train.epochs
+        if not done and state.epoch % config.train.checkpoint_every == 0:
+            context.report(state.history[-1], _writer(state, config, architecture))
+    trained = time.perf_counter()
+    context.progress({"phase": "evaluate"})
+    scores = _gather(score(state.model, streams.score_batches(list(Role)), context.device), context)
+    evaluated = time.perf_counter()
+    context.report(state.history[-1], _writer(state, config, architecture, scores))
+    assert isinstance(state.model, AuditedModel)
+    return Trained(
+        model=state.model,
+        scores=scores,
+        history=state.history,
+        seconds={
+            "setup": set_up - started,
+            "train": trained - set_up,
+            "evaluate": evaluated - trained,
+        },
+    )
+
+
+def create_state(
+    config: Config, architecture: Architecture, steps_per_epoch: int, device: torch.device
+) -> TrainState:
+    """A fresh model with its optimiser, drawn from `train.seed`."""
+    torch.manual_seed(config.train.seed)
+    model = AuditedModel(architecture, pretrained=config.model.pretrained).to(device)
+    objective = Objective(config.loss)
+    if not objective.uses_mint:
+        # A head that is not trained must not be decayed either, nor be waited for by DDP.
+        model.head.requires_grad_(False)
+    momentum = {"momentum": 0.9} if config.train.optimizer == "sgd" else {}
+    optimizer = create_optimizer_v2(
+        model,
+        opt=config.train.optimizer,
+        lr=config.train.lr,
+        weight_decay=config.train.weight_decay,
+        **momentum,
+    )
+    steps = max(1, config.train.epochs * steps_per_epoch)
+    return TrainState(model, optimizer, _schedule(optimizer, config.train, steps), objective)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: Train, steps: int) -> LRScheduler:
+    if config.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=steps)
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def _parallel(model: nn.Module, context: RunContext) -> nn.Module:
+    if context.world_size == 1:
+        return model
+
+    return DistributedDataParallel(
+        model, device_ids=[context.device] if context.device.type == "cuda" else None
+    )
+
+
+def _train_epoch(
+    model: nn.Module, state: TrainState, config: Config, streams: Streams, context: RunContext
+) -> None:
+    """One pass over D; adds its entry to the history."""
+    # Dropout and the like must not depend on how often a run was interrupted.
+    torch.manual_seed(config.train.seed + 1_000_003 * (state.epoch + 1) + context.rank)
+    model.train()
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.device)
+    started = time.perf_counter()
+    for step, batch in enumerate(streams.train_batches(state.epoch), start=1):
+        step_sums = train_step(
+            model, batch.to(context.device), state.objective, state.optimizer, state.scheduler
+        )
+        sums += step_sums
+        context.progress(
+            {
+                "phase": "train",
+                "epoch": state.epoch + 1,
+                "epochs": config.train.epochs,
+                "step": state.epoch * streams.steps_per_epoch + step,
+                "steps": config.train.epochs * streams.steps_per_epoch,
+            }
+        )
+    seconds = time.perf_counter() - started
+    entry = epoch_metrics(sums)
+    if not all(math.isfinite(entry[name]) for name in ("train/task_loss", "train/mint_loss") if name in entry):
+        raise FloatingPointError(
+            f"a loss is not finite in epoch {state.epoch + 1}: {entry}; lower train.lr"
+        )
+    entry |= _monitor(state.model, streams, context)
+    entry["train/steps_per_second"] = streams.steps_per_epoch / seconds
+    entry["train/lr"] = float(state.optimizer.param_groups[0]["lr"])
+    state.epoch += 1
+    entry["epoch"] = state.epoch
+    state.history.append(entry)
+    context.progress({"phase": "epoch", **entry})
+
+
+def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
+    """Means over all ranks' samples from this rank's `SUMS`."""
+    total, _ = sum_over_ranks(sums)
+    of = dict(zip(SUMS, total.tolist(), strict=True))
+    metrics = {
+        "train/task_loss": of["task_loss"] / of["task_rows"],
+        "train/task_accuracy": of["task_correct"] / of["task_rows"],
+    }
+    if of["told_rows"]:
+        metrics["train/mint_loss"] = of["mint_loss"] / of["told_rows"]
+    return metrics
+
+
+def _monitor(model: nn.Module, streams: Streams, context: RunContext) -> dict[str, float]:
+    """Task loss and accuracy on `calibration`, to watch; `test` is looked at once, at the end."""
+    table = score(model, streams.score_batches([Role.CALIBRATION]), context.device)
+    sums = torch.tensor(
+        [table.task_loss.sum(), (table.prediction == table.label).sum(), len(table)],
+        dtype=torch.float64,
+        device=context.device,
+    )
+    (loss, correct, rows), _ = sum_over_ranks(sums)
+    return {
+        "calibration/task_loss": float(loss / rows),
+        "calibration/task_accuracy": float(correct / rows),
+    }
+
+
+def _gather(part: ScoreTable, context: RunContext) -> ScoreTable:
+    """All ranks' rows, on rank 0; nothing elsewhere."""
+    if context.world_size == 1:
+        return part
+    parts: list[Any] | None = [None] * context.world_size if context.rank == 0 else None
+    distributed.gather_object(part, parts)
+    return concatenate(parts or [])
+
+
+def _writer(
+    state: TrainState, config: Config, architecture: Architecture, scores: ScoreTable | None = None
+) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        state.save(
+            folder,
+            config_fingerprint=fingerprint(config),
+            architecture=architecture.to_json(),
+        )
+        if scores is not None:
+            write_scores(scores, folder / SCORES)
+
+    return write
+
+
+class LocalContext:
+    """A `RunContext` for one process without Ray; the newest checkpoint is kept in `folder`."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self.events: list[dict[str, Any]] = []
+        self._folder = folder
+        self._count = len(list(folder.glob("checkpoint_*")))
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        """Keep the event."""
+        self.events.append(dict(event))
+
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+        """Write the checkpoint beside its place and move it there whole."""
+        self._count += 1
+        draft = Path(tempfile.mkdtemp(dir=self._folder, prefix="draft_"))
+        write_checkpoint(draft)
+        draft.rename(self._folder / f"checkpoint_{self._count:06d}")
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return max(self._folder.glob("checkpoint_*"), default=None)

@@ -1,0 +1,78 @@
+"""Checkpoints: safetensors weights, an optimiser file, and a JSON of all that is needed to read them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from amint_ray.train.objective import Objective
+
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+
+
+@dataclass
+class TrainState:
+    """Everything that moves during training.
+
+    Attributes:
+        model: the bare `AuditedModel`, not DDP around it.
+        optimizer: of the trainable parameters.
+        scheduler: of the learning rate.
+        objective: with its normalisers.
+        epoch: epochs done.
+        history: one entry an epoch, as reported.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    objective: Objective
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, folder: Path, *, config_fingerprint: str, architecture: str) -> None:
+        """Write a checkpoint into an empty folder."""
+        save_weights(self.model, folder / WEIGHTS)
+        torch.save(
+            {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
+            folder / OPTIMIZER,
+        )
+        description: dict[str, Any] = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "objective": self.objective.state_dict(),
+            "config_fingerprint": config_fingerprint,
+            "architecture": json.loads(architecture),
+        }
+        (folder / STATE).write_text(json.dumps(description, indent=2))
+
+    def load(self, folder: Path, *, config_fingerprint: str) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it was written under another configuration.
+        """
+        description = json.loads((folder / STATE).read_text())
+        if description["config_fingerprint"] != config_fingerprint:
+            raise ValueError(
+                f"{folder}: checkpoint of configuration {description['config_fingerprint']}, "
+                f"this run has {config_fingerprint}"
+            )
+        self.model.load_state_dict(load_file(folder / WEIGHTS))
+        moving = torch.load(folder / OPTIMIZER, weights_only=True)
+        self.optimizer.load_state_dict(moving["optimizer"])
+        self.scheduler.load_state_dict(moving["scheduler"])
+        self.objective.load_state_dict(description["objective"])
+        self.epoch, self.history = description["epoch"], description["history"]
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """A model's weights and buffers as safetensors."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, path)
