@@ -22,6 +22,13 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """A run that ended for a reason that no check could have foreseen, told in one line.
+
+    The command line prints the text and exits with code 1.
+    """
+
+
 class Role(StrEnum):
     """What a sample is used for; decided once, by its content (`data/roles.py`)."""
 

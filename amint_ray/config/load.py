@@ -166,4 +166,3 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-

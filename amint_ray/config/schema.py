@@ -215,8 +215,10 @@ class Storage(Section):
 
 
 class Tracking(Section):
-    """What MLflow is told. The server's address comes from MLFLOW_TRACKING_URI; without it, a
-    SQLite file and an artifact folder in the working directory are used.
+    """What MLflow is told.
+
+    The server's address comes from MLFLOW_TRACKING_URI; without it, a SQLite file and an artifact
+    folder in the working directory are used.
     """
 
     experiment: Annotated[str, Field(min_length=1)] = "amint"

@@ -1,0 +1,1 @@
+"""Data: who is a member, and batches of D and E."""

@@ -82,7 +82,10 @@ class MemoryStreams:
         wanted = np.arange(self._external_rows) + global_step * self._external_rows
         rounds = wanted // len(self._e)
         return np.concatenate(
-            [self._external_round(int(r))[wanted[rounds == r] % len(self._e)] for r in np.unique(rounds)]
+            [
+                self._external_round(int(r))[wanted[rounds == r] % len(self._e)]
+                for r in np.unique(rounds)
+            ]
         )
 
     def _external_round(self, number: int) -> Positions:

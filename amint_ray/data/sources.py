@@ -165,8 +165,8 @@ def _open_file(file: Path, config: Data) -> tuple[pq.ParquetFile, str]:
         ]
         if len(found) != 1:
             raise UserError(
-                f"data: {file} has {len(found)} columns of the form {{bytes, path}}, one is needed; "
-                f"name it with data.image_column=NAME; columns: {', '.join(columns)}"
+                f"data: {file} has {len(found)} columns of the form {{bytes, path}}; "
+                f"name one with data.image_column=NAME; columns: {', '.join(columns)}"
             )
         image_column = found[0]
     elif image_column not in columns:
@@ -211,7 +211,9 @@ def _class_names(parquet: pq.ParquetFile, label_column: str) -> list[str] | None
     stored = (parquet.schema_arrow.metadata or {}).get(b"huggingface")
     if stored is None:
         return None
-    names = json.loads(stored).get("info", {}).get("features", {}).get(label_column, {}).get("names")
+    names = (
+        json.loads(stored).get("info", {}).get("features", {}).get(label_column, {}).get("names")
+    )
     return [str(name) for name in names] if names else None
 
 

@@ -1,4 +1,4 @@
-"""From stored bytes to what the backbone sees: one path, for D and E, training and scoring alike."""
+"""From stored bytes to what the backbone sees: one path for D and E, training and scoring."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Evaluation: scores, and membership figures with their intervals."""

@@ -1,7 +1,7 @@
 """Membership and task metrics, each with its interval. NumPy and SciPy only.
 
-Throughout, *positives* are scores of images that were trained on (`member` or `withheld`), *negatives*
-scores of images that were not (`test`); a larger score means "more likely trained on".
+Throughout, *positives* are scores of images that were trained on (`member` or `withheld`),
+*negatives* scores of images that were not (`test`); larger means "more likely trained on".
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def evaluate(table: ScoreTable, config: Evaluation) -> dict[str, Any]:
     )
     questions = (Role.MEMBER, Role.WITHHELD)
     return {
+        "confidence": config.confidence,
         "task": {"accuracy": accuracy.as_dict()},
         "membership": {
             role.value: _membership(table, role, table.mint_logit, config, half=0.0)
@@ -61,11 +62,25 @@ def _membership(
 
     def rates(threshold: float) -> tuple[Interval, Interval]:
         return (
-            metrics.proportion(int((positives > threshold).sum()), len(positives), confidence=confidence),
-            metrics.proportion(int((negatives > threshold).sum()), len(negatives), confidence=confidence),
+            metrics.proportion(
+                int((positives > threshold).sum()), len(positives), confidence=confidence
+            ),
+            metrics.proportion(
+                int((negatives > threshold).sum()), len(negatives), confidence=confidence
+            ),
         )
 
-    figures: dict[str, Any] = {"auc": metrics.auc(positives, negatives, confidence=confidence).as_dict()}
+    figures: dict[str, Any] = {
+        "compared": {
+            "positives": role.value,
+            "n_positives": len(positives),
+            "negatives": Role.TEST.value,
+            "n_negatives": len(negatives),
+            "seeds": 1,
+        },
+        "threshold_fpr": config.threshold_fpr,
+        "auc": metrics.auc(positives, negatives, confidence=confidence).as_dict(),
+    }
     threshold = threshold_at(config.threshold_fpr, calibration)
     if threshold is None:
         unknown = Interval.unknown(_too_small(config.threshold_fpr, calibration)).as_dict()

@@ -46,7 +46,7 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
 
 
 def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
-    """All rows of several tables, sorted by sample id so that the number of workers leaves no trace."""
+    """All rows of several tables by sample id, so that the number of workers leaves no trace."""
     if not parts:
         text, whole, real = np.empty(0, np.str_), np.empty(0, np.int64), np.empty(0, np.float64)
         return ScoreTable(text, text, whole, whole, real, real)

@@ -1,0 +1,1 @@
+"""Launch: the one room that knows Ray."""

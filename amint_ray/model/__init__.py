@@ -1,0 +1,1 @@
+"""Model: backbone, taps and MINT head."""

@@ -93,8 +93,8 @@ def plan_architecture(config: Config, num_classes: int) -> Architecture:
 class AuditedModel(nn.Module):
     """M⁺ = (w, θ): the classifier w and the MINT head θ that reads its taps.
 
-    The head is initialised without advancing torch's random state, so the backbone's weights and all
-    that is drawn after them are those of plain training with the same seed.
+    The head is initialised without advancing torch's random state, so the backbone's weights and
+    all that is drawn after them are those of plain training with the same seed.
     """
 
     def __init__(self, architecture: Architecture, *, pretrained: bool = False) -> None:

@@ -62,7 +62,9 @@ class ConvHead(nn.Module):
             a.permute(0, 3, 1, 2) if last else a
             for a, last in zip(activations, self._channels_last, strict=True)
         ]
-        joined = torch.cat([branch(m) for branch, m in zip(self.branches, maps, strict=True)], dim=1)
+        joined = torch.cat(
+            [branch(m) for branch, m in zip(self.branches, maps, strict=True)], dim=1
+        )
         logits: torch.Tensor = self.fc(joined).squeeze(1)
         return logits
 

@@ -1,4 +1,4 @@
-"""Taps: reading the outputs of inner modules, and letting the rows of E leave after the last one."""
+"""Taps: reading the outputs of inner modules, and letting E's rows leave after the last one."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def probe_taps(
         module also reads something computed before the last tap, the shapes no longer match.
 
     Raises:
-        UserError: no such module, one that is not run or run twice, an output that is not one tensor
-            of features, or an input size that the backbone does not take.
+        UserError: no such module, one that is not run or run twice, an output that is not one
+            tensor of features, or an input size that the backbone does not take.
     """
     seen: list[tuple[str, Any]] = []
     known = [name for name, _ in backbone.named_modules() if name]
@@ -147,8 +147,8 @@ def _describe(
         if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4) or len(output) != rows:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise UserError(
-                f"mint.taps: module {name!r} gives {got} for {rows} images; a tap must give feature "
-                "maps (4 dimensions) or tokens (3 dimensions)"
+                f"mint.taps: module {name!r} gives {got} for {rows} images; a tap must give "
+                "feature maps (4 dimensions) or tokens (3 dimensions)"
             )
         taps.append(Tap(name, tuple(output.shape[1:]), _layout(backbone, output)))
     return tuple(taps)

@@ -1,0 +1,1 @@
+"""Train: the joint step and its loop. Read `step.py` first."""

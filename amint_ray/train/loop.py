@@ -46,7 +46,9 @@ class Trained:
     seconds: dict[str, float]
 
 
-def train(config: Config, architecture: Architecture, streams: Streams, context: RunContext) -> Trained:
+def train(
+    config: Config, architecture: Architecture, streams: Streams, context: RunContext
+) -> Trained:
     """Train, score every sample, and commit checkpoints on the way.
 
     Raises:
@@ -144,7 +146,11 @@ def _train_epoch(
         )
     seconds = time.perf_counter() - started
     entry = epoch_metrics(sums)
-    if not all(math.isfinite(entry[name]) for name in ("train/task_loss", "train/mint_loss") if name in entry):
+    if not all(
+        math.isfinite(entry[name])
+        for name in ("train/task_loss", "train/mint_loss")
+        if name in entry
+    ):
         raise FloatingPointError(
             f"a loss is not finite in epoch {state.epoch + 1}: {entry}; lower train.lr"
         )

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors weights, an optimiser file, and a JSON of all that is needed to read them."""
+"""Checkpoints: safetensors weights, an optimiser file, and a JSON that says what they are."""
 
 from __future__ import annotations
 

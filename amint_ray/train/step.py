@@ -66,7 +66,9 @@ def forward(
             (logits.argmax(1) == batch.labels).sum().double(),
             batch.labels.new_tensor(batch.n_task).double(),
             mint_sum.detach().double(),
-            batch.told.sum().double() if membership is not None else task_sum.new_zeros(()).double(),
+            batch.told.sum().double()
+            if membership is not None
+            else task_sum.new_zeros(()).double(),
         ]
     )
     return loss, sums

@@ -1,0 +1,163 @@
+"""The `amint` command: thin, and quick to say what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+import click
+
+import amint_ray
+from amint_ray.contracts import RunError, UserError
+
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(amint_ray.__version__, prog_name="amint")
+def cli() -> None:
+    """Train image classifiers that can be asked what they were trained on."""
+
+
+def _recipes_text() -> str:
+    from amint_ray.config.load import recipe_names
+
+    return (
+        f"RECIPE is one of {', '.join(recipe_names())}, or the path of a YAML file. Every key "
+        "of the configuration can be set behind it, for instance `train.epochs=5 loss.lambda_mint=0`; "
+        "`amint config RECIPE` prints them all, docs/config.md explains them."
+    )
+
+
+class _RecipeCommand(click.Command):
+    """A command whose help names the recipes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write_text(_recipes_text())
+
+
+@cli.command(cls=_RecipeCommand)
+@click.argument("recipe")
+@_OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("--verbose", is_flag=True, help="Let Ray and MLflow talk, and show tracebacks.")
+def train(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+    """Train an audited classifier with its MINT head, measure it, register it."""
+    from amint_ray.config.load import load_config
+
+    config = load_config(recipe, overrides)
+    with _results_only(verbose=verbose) as stdout:
+        # Here, after the configuration was found good: these take seconds to import.
+        from amint_ray.display import open_display, print_result
+        from amint_ray.launch.train_run import run_training
+
+        imported = _seconds_since_process_start()
+        display = open_display(plain=verbose)
+        try:
+            document = run_training(config, display, verbose=verbose)
+        finally:
+            display.close()
+        document["seconds"] = {"import": imported, **document["seconds"]}
+        document["seconds"]["total"] = _seconds_since_process_start()
+    if as_json:
+        json.dump(document, stdout, indent=2)
+        stdout.write("\n")
+    else:
+        from rich.console import Console
+
+        print_result(document, Console(file=stdout, width=None if stdout.isatty() else 120))
+
+
+@cli.command(cls=_RecipeCommand)
+@click.argument("recipe")
+@_OVERRIDES
+def config(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print the whole configuration that a run would have, as YAML."""
+    from amint_ray.config.load import load_config, to_yaml
+
+    click.echo(to_yaml(load_config(recipe, overrides)), nl=False)
+
+
+@contextlib.contextmanager
+def _results_only(*, verbose: bool) -> Iterator[TextIO]:
+    """Keep stdout for the result: whatever libraries print there goes to stderr instead.
+
+    Without `verbose`, their log lines and warnings are dropped.
+    """
+    import logging
+    import warnings
+
+    if not verbose:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that Ray starts
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+    sys.stdout.flush()
+    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        yield result
+    finally:
+        sys.stdout.flush()
+        os.dup2(result.fileno(), 1)
+
+
+def _seconds_since_process_start() -> float:
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C."""
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 1 where a run failed; 2 for a mistake of the user's; 130 and 143 for Ctrl-C and SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        cli.main(args=arguments, prog_name="amint", standalone_mode=False)
+    except UserError as error:
+        return _say(str(error), 2)
+    except click.ClickException as error:
+        context: Any = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        return _say(f"{error.format_message()}{hint}", 2)
+    except RunError as error:
+        if "--verbose" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        return _say(str(error), 1)
+    except _Terminated:
+        return _say("terminated; the run is marked as killed", 143)
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted; the run is marked as killed", 130)
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    for line in text.splitlines():
+        print(f"amint: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

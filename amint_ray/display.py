@@ -1,0 +1,185 @@
+"""What a person sees: progress on stderr, the result as a table on stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class LiveDisplay:
+    """A bar that follows epochs, step rate, both losses and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("starting", total=None, detail="")
+        self._steps = _StepRate()
+        self._losses = ""
+        self._progress.start()
+
+    def phase(self, text: str) -> None:
+        """Name what is going on; how long it takes is unknown."""
+        self._progress.reset(self._task, total=None, description=text, detail="")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Move the bar."""
+        if event["phase"] == "train":
+            rate = self._steps.update(event["step"])
+            self._progress.update(
+                self._task,
+                description=f"epoch {event['epoch']}/{event['epochs']}",
+                completed=event["step"],
+                total=event["steps"],
+                detail=f"{rate:.1f} steps/s  {self._losses}" if rate else self._losses,
+            )
+        elif event["phase"] == "epoch":
+            self._losses = losses(event)
+        elif event["phase"] == "read":
+            self._progress.update(self._task, completed=event["done"], total=event["total"])
+        elif event["phase"] == "evaluate":
+            self.phase("scoring every sample")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+class PlainDisplay:
+    """Lines of text for logs and pipes: each phase, and an epoch's line every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = 0.0
+        self._steps = _StepRate()
+        self._rate: float | None = None
+
+    def phase(self, text: str) -> None:
+        """One line a phase."""
+        self._print(text)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """One line now and then."""
+        if event["phase"] == "train":
+            self._rate = self._steps.update(event["step"])
+            self._total, self._step = event["steps"], event["step"]
+            self._epochs = event["epochs"]
+        elif event["phase"] == "evaluate":
+            self._print("scoring every sample")
+        elif event["phase"] == "epoch":
+            now = time.monotonic()
+            if now - self._last < _SECONDS_BETWEEN_LINES:
+                return
+            self._last = now
+            parts = [f"epoch {event['epoch']:g}", losses(event)]
+            if self._rate:
+                left = (self._total - self._step) / self._rate
+                parts += [f"{self._rate:.1f} steps/s", f"{left:.0f} s left"]
+            self._print("  ".join(parts))
+
+    def close(self) -> None:
+        """Nothing to take away."""
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"amint: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class _StepRate:
+    """Steps a second over the last few seconds."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def update(self, step: int) -> float | None:
+        now = time.monotonic()
+        self._seen = [(t, s) for t, s in self._seen if now - t < 10] + [(now, step)]
+        (first, start), (last, end) = self._seen[0], self._seen[-1]
+        return (end - start) / (last - first) if last > first and end > start else None
+
+
+def losses(event: Mapping[str, Any]) -> str:
+    """Both losses of an epoch's entry."""
+    text = f"task {event['train/task_loss']:.4f}"
+    if "train/mint_loss" in event:
+        text += f"  mint {event['train/mint_loss']:.4f}"
+    return text
+
+
+def open_display(*, plain: bool = False) -> LiveDisplay | PlainDisplay:
+    """Live where stderr is a terminal, plain elsewhere."""
+    console = Console(stderr=True)
+    return LiveDisplay(console) if console.is_terminal and not plain else PlainDisplay(console)
+
+
+def print_result(document: Mapping[str, Any], console: Console) -> None:
+    """The run's figures, its record, and how to load the model."""
+    counts = document["counts"]
+    table = Table(
+        title=f"{document['recipe']}: the MINT head, against {counts['test']} test images"
+    )
+    for heading in ("", "member vs test", "withheld vs test"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    member, withheld = (document["membership"][role] for role in ("member", "withheld"))
+    loss = document["loss_threshold"]
+    threshold = f"{member['threshold_fpr']:.0%}"
+    table.add_row("images", str(counts["member"]), str(counts["withheld"]))
+    rows = {
+        "AUC": "auc",
+        f"balanced accuracy, threshold calibrated to {threshold} FPR": "balanced_accuracy",
+        "balanced accuracy at 0.5": "balanced_accuracy_at_half",
+    }
+    for label, key in rows.items():
+        table.add_row(label, interval(member[key]), interval(withheld[key]))
+    for fpr in member["tpr_at_fpr"]:
+        cells = [interval(question["tpr_at_fpr"][fpr]) for question in (member, withheld)]
+        if any(cell != _NO_VALUE for cell in cells):
+            table.add_row(f"TPR at {float(fpr):.4g} FPR (threshold from calibration)", *cells)
+            realised = [interval(q["realised_fpr_at"][fpr]) for q in (member, withheld)]
+            table.add_row("    realised FPR on test", *realised)
+    table.add_row(
+        "for comparison: loss threshold, AUC",
+        interval(loss["member"]["auc"]),
+        interval(loss["withheld"]["auc"]),
+    )
+    console.print(table)
+    accuracy = interval(document["task"]["accuracy"])
+    confidence = f"{document['confidence']:.0%}"
+    console.print(f"task accuracy on test   {accuracy}", highlight=False)
+    console.print(
+        f"[brackets]              {confidence} intervals; one training seed",
+        highlight=False,
+        markup=False,
+    )
+    lines = {
+        "MLflow run": f"{document['run_id']}  ({document['tracking_uri']})",
+        "registered model": document["model_uri"],
+        "load it": f"python -c 'import amint_ray; model = {document['load']}'",
+        "seconds": "  ".join(f"{name} {value:.1f}" for name, value in document["seconds"].items()),
+    }
+    for label, text in lines.items():
+        console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+_NO_VALUE = "–"
+
+
+def interval(figure: Mapping[str, Any]) -> str:
+    """`value [low, high]`, or a dash."""
+    if figure["value"] is None:
+        return _NO_VALUE
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"

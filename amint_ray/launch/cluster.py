@@ -1,0 +1,96 @@
+"""The Ray cluster that a run works on: one of its own, or one that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from amint_ray.config.schema import Cluster
+from amint_ray.contracts import UserError
+
+# Ray copies these from the driver to the controller and the workers. Ray Train looks after its
+# workers every 2 s by default, and each report and the end of a run wait for the next look.
+_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+# Workers that Ray starts ahead of time are not the ones that Ray Train will use (those have a
+# runtime environment of their own); on two cores they only take time from them.
+_LOCAL_SETTINGS = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
+
+
+def address_of(config: Cluster) -> str | None:
+    """`host:port` of the cluster to join, or None to start one on this machine."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def local_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def plan_workers(config: Cluster, *, cores: float, gpus: float) -> tuple[int, bool]:
+    """How many workers, and whether each has a GPU.
+
+    Raises:
+        UserError: more are asked for than there is room.
+    """
+    use_gpu = gpus >= 1
+    room = int(gpus) if use_gpu else int(cores / config.cpus_per_worker)
+    wanted = config.workers or (room if use_gpu else min(2, max(1, room)))
+    if wanted > room or wanted * config.cpus_per_worker > cores:
+        raise UserError(
+            f"cluster.workers = {wanted}: the cluster has {cores:g} cores and {gpus:g} GPUs, room "
+            f"for {min(room, int(cores / config.cpus_per_worker))} workers of "
+            f"{config.cpus_per_worker:g} cores{' and a GPU' if use_gpu else ''} "
+            "(cluster.cpus_per_worker)"
+        )
+    return wanted, use_gpu
+
+
+@contextlib.contextmanager
+def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]:
+    """Start or join the cluster; on leaving, stop or leave it.
+
+    Yields:
+        The cluster's resources, as Ray names them.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    import ray
+
+    for name, value in _TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(level)  # importing Ray set them to INFO
+    options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=local_cores(),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _system_config=_LOCAL_SETTINGS,
+                **options,
+            )
+        else:
+            ray.init(address=address, **options)
+        yield ray.cluster_resources()
+    except ConnectionError as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cluster.address = {address!r}: no Ray cluster answers there ({line}); "
+            "start one, or leave cluster.address and RAY_ADDRESS empty"
+        ) from error
+    finally:
+        ray.shutdown()

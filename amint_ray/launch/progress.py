@@ -1,0 +1,65 @@
+"""News from a training worker to the driver, through Ray's key-value store.
+
+The store is there anyway; a queue actor would cost another process start. Step news overwrite each
+other; an epoch's news have a key each, so none is lost while the driver looks elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray.experimental import internal_kv
+
+_NAMESPACE = "amint_ray"
+_SECONDS_BETWEEN_STEPS = 0.2
+
+
+class Sender:
+    """The worker's end."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._last_step = 0.0
+
+    def send(self, event: Mapping[str, Any]) -> None:
+        """Publish an event: every `epoch`, of the others one now and then."""
+        if event["phase"] == "epoch":
+            _put(f"{self._run}/epoch/{event['epoch']}", event)
+            return
+        now = time.monotonic()
+        if event["phase"] == "train" and now - self._last_step < _SECONDS_BETWEEN_STEPS:
+            return
+        self._last_step = now
+        _put(f"{self._run}/now", event)
+
+
+class Receiver:
+    """The driver's end."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._epoch = 1
+
+    def poll(self) -> Iterator[dict[str, Any]]:
+        """Epochs not yet seen, in order, then the latest other event."""
+        while (event := _take(f"{self._run}/epoch/{self._epoch}")) is not None:
+            self._epoch += 1
+            yield event
+        if (event := _take(f"{self._run}/now")) is not None:
+            yield event
+
+
+def _put(key: str, event: Mapping[str, Any]) -> None:
+    internal_kv._internal_kv_put(key, json.dumps(event), namespace=_NAMESPACE)
+
+
+def _take(key: str) -> dict[str, Any] | None:
+    value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    if value is None:
+        return None
+    internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+    event: dict[str, Any] = json.loads(value)
+    return event

@@ -1,0 +1,374 @@
+"""The main job: from a configuration to a registered model and its figures, on Ray Train."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from amint_ray.config.load import fingerprint
+from amint_ray.config.schema import Config
+from amint_ray.contracts import Role, RunError, ScoreTable
+from amint_ray.data.loading import MemoryStreams, check_roles
+from amint_ray.data.roles import Manifest, build_manifest
+from amint_ray.data.sources import ImageSet, load_source
+from amint_ray.evaluation.figures import roc_curves, score_histograms
+from amint_ray.evaluation.report import evaluate
+from amint_ray.evaluation.scores import read_scores
+from amint_ray.launch.cluster import address_of, connect, local_cores, plan_workers
+from amint_ray.model.joint import Architecture, plan_architecture
+from amint_ray.storage import open_folder
+from amint_ray.tracking import registry
+from amint_ray.tracking.run_log import RunLog, check_tracking, tracking_uri
+from amint_ray.train.loop import SCORES, train
+from amint_ray.train.state import WEIGHTS
+
+_SECONDS_BETWEEN_POLLS = 0.2
+
+
+class Watcher(Protocol):
+    """Whoever follows a run on a screen."""
+
+    def phase(self, text: str) -> None:
+        """The run begins something new."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """News from the training loop, as `RunContext.progress` got them."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is settled before Ray starts."""
+
+    config: Config
+    run_name: str
+    images: ImageSet
+    manifest: Manifest
+    architecture: Architecture
+    storage: Path
+    tracking_uri: str
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count seconds towards a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time within towards a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+
+def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> dict[str, Any]:
+    """Train, measure, record and register.
+
+    Args:
+        config: the whole configuration.
+        watcher: is told how far the run is.
+        verbose: let Ray talk.
+
+    Returns:
+        The run's document: `run_id`, `model_uri`, `recipe`, `task`, `membership`, `loss_threshold`,
+        `counts`, `seconds` and more; figures are `{value, low, high}`.
+
+    Raises:
+        UserError: a mistake of the user's, found before anything was recorded.
+        RunError: a worker failed for good; the MLflow run is marked failed.
+        KeyboardInterrupt: interrupted; the MLflow run is marked killed.
+    """
+    clock = Clock()
+    with clock.phase("data"):
+        prepared = prepare(config, watcher)
+    with recording(prepared) as log:
+        with _timed(
+            connect(address_of(config.cluster), verbose=verbose), clock, "ray", watcher
+        ) as cluster:
+            workers, use_gpu = plan_workers(
+                config.cluster, cores=cluster.get("CPU", 0), gpus=cluster.get("GPU", 0)
+            )
+            checkpoint = _fit(prepared, workers, use_gpu, log, watcher, clock)
+        with clock.phase("log"):
+            watcher.phase("recording")
+            document = _record(prepared, checkpoint, log())
+    return {**document, "workers": workers, "seconds": clock.seconds}
+
+
+def prepare(config: Config, watcher: Watcher) -> Prepared:
+    """Everything that can be found wrong before Ray starts, cheapest first.
+
+    Raises:
+        UserError: something was found.
+    """
+    watcher.phase("checking the configuration")
+    if address_of(config.cluster) is None:
+        plan_workers(config.cluster, cores=local_cores(), gpus=torch.cuda.device_count())
+    storage = open_folder(config.storage.path, "storage.path")
+    uri = tracking_uri()
+    check_tracking(uri)
+    # Two classes stand for any number: taps and head do not depend on it, and a wrong tap should
+    # not wait for a large source to be decoded.
+    architecture = plan_architecture(config, num_classes=2)
+    watcher.phase(f"reading {config.data.source}")
+    images = load_source(config.data, lambda done, total: watcher.event(_reading(done, total)))
+    manifest = build_manifest(
+        images.sample_id,
+        images.content,
+        images.label,
+        images.official_test,
+        shares=config.data.shares,
+        seed=config.data.split_seed,
+    )
+    check_roles(manifest, config)
+    return Prepared(
+        config=config,
+        run_name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
+        images=images,
+        manifest=manifest,
+        architecture=replace(architecture, num_classes=len(images.class_names)),
+        storage=storage,
+        tracking_uri=uri,
+    )
+
+
+@contextmanager
+def recording(prepared: Prepared) -> Iterator[Callable[[], RunLog]]:
+    """An MLflow run around the body, ended as what the body ended as.
+
+    It is opened in a thread: importing MLflow and making its database takes seconds in which the
+    start of Ray only waits. What is yielded waits for it.
+    """
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+    opening: Future[RunLog] = executor.submit(
+        RunLog,
+        prepared.tracking_uri,
+        prepared.config,
+        run_name=prepared.run_name,
+        tags={"amint.manifest_fingerprint": prepared.manifest.fingerprint},
+    )
+    try:
+        yield opening.result
+        opening.result().end("FINISHED")
+    except BaseException as error:
+        if opening.exception() is None:
+            killed = isinstance(error, KeyboardInterrupt | SystemExit)
+            opening.result().end("KILLED" if killed else "FAILED")
+        raise
+    finally:
+        executor.shutdown()
+
+
+def _fit(
+    prepared: Prepared,
+    workers: int,
+    use_gpu: bool,
+    log: Callable[[], RunLog],
+    watcher: Watcher,
+    clock: Clock,
+) -> Path:
+    """Run the training loop on Ray Train, passing its news on; gives the last checkpoint."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from amint_ray.launch.progress import Receiver
+
+    config = prepared.config
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config,
+            "run_name": prepared.run_name,
+            "architecture": prepared.architecture,
+            # Decoded once, here; the workers of a node share the object store's copy.
+            "images": ray.put(prepared.images.images),
+            "manifest": ray.put(prepared.manifest),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker}
+            | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=prepared.run_name,
+            storage_path=str(prepared.storage),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    watcher.phase(f"starting {workers} worker{'s' if workers > 1 else ''}")
+    receiver = Receiver(prepared.run_name)
+    logged = 0
+    called = time.time()
+    running = _InThread(trainer.fit)
+    while True:
+        done = not running.is_alive()
+        for event in receiver.poll():
+            watcher.event(event)
+            if event["phase"] == "epoch":
+                log().log_epoch(event)
+                logged = event["epoch"]
+        if done:
+            break
+        time.sleep(_SECONDS_BETWEEN_POLLS)
+    returned = time.time()
+    result = running.result()
+    home = result.return_value
+    for entry in home["history"][logged:]:
+        log().log_epoch(entry)
+    clock.add("workers", home["entered"] - called + home["seconds"]["setup"])
+    clock.add("train", home["seconds"]["train"])
+    clock.add("evaluate", home["seconds"]["evaluate"])
+    clock.add("workers", returned - home["left"])
+    return Path(result.checkpoint.to_directory())
+
+
+def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs in every worker: wire the loop to its data and its world."""
+    import ray
+
+    from amint_ray.launch.context import RayContext
+
+    entered = time.time()
+    config: Config = arguments["config"]
+    context = RayContext(arguments["run_name"])
+    streams = MemoryStreams(
+        ray.get(arguments["images"]),
+        ray.get(arguments["manifest"]),
+        config,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+    trained = train(config, arguments["architecture"], streams, context)
+    return {
+        "entered": entered,
+        "left": time.time(),
+        "seconds": trained.seconds,
+        "history": trained.history,
+    }
+
+
+def _record(prepared: Prepared, checkpoint: Path, log: RunLog) -> dict[str, Any]:
+    """Measure, store and register; gives the run's document."""
+    config = prepared.config
+    table = read_scores(checkpoint / SCORES)
+    figures = evaluate(table, config.evaluation)
+    log.log_figures(figures, step=config.train.epochs)
+    version = registry.register(
+        config.registered_model,
+        run_id=log.run_id,
+        weights=checkpoint / WEIGHTS,
+        architecture=prepared.architecture,
+        data=config.data,
+        class_names=prepared.images.class_names,
+        calibration=table.of(Role.CALIBRATION).mint_logit,
+    )
+    model_uri = f"models:/{config.registered_model}/{version}"
+    document = {
+        "run_id": log.run_id,
+        "run_name": prepared.run_name,
+        "tracking_uri": prepared.tracking_uri,
+        "recipe": config.name,
+        "model_uri": model_uri,
+        "load": f'amint_ray.load("{model_uri}")',
+        **figures,
+        "counts": prepared.manifest.counts,
+        "duplicates": prepared.manifest.duplicates,
+        "manifest_fingerprint": prepared.manifest.fingerprint,
+        "config_fingerprint": fingerprint(config),
+        "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
+    }
+    _log_artifacts(prepared, checkpoint, table, document, log)
+    return document
+
+
+def _log_artifacts(
+    prepared: Prepared,
+    checkpoint: Path,
+    table: ScoreTable,
+    document: Mapping[str, Any],
+    log: RunLog,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="amint-artifacts-") as name:
+        folder = Path(name)
+        prepared.manifest.write(folder / "manifest.parquet")
+        (folder / SCORES).write_bytes((checkpoint / SCORES).read_bytes())
+        (folder / "figures.json").write_text(json.dumps(document, indent=2))
+        roc_curves(table, document).savefig(folder / "roc.png", dpi=120)
+        score_histograms(table).savefig(folder / "scores.png", dpi=120)
+        log.log_folder(folder)
+
+
+class _InThread(threading.Thread):
+    """A call in a daemon thread: the main thread stays free for Ctrl-C, which Ray would swallow."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # handed to the main thread by `result`
+            self._error = error
+
+    def result(self) -> Any:
+        """What the call returned.
+
+        Raises:
+            RunError: it raised.
+        """
+        if self._error is not None:
+            raise RunError(f"training failed: {_cause(self._error)}") from self._error
+        return self._value
+
+
+def _cause(error: BaseException) -> str:
+    """The line that says most: the first worker's own error, if it is one of theirs."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        inner = getattr(failure, "_base_exc", None) or failure.__cause__ or failure
+        lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+        return f"worker {rank}: {type(inner).__name__}: {lines[-1] if lines else ''}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _reading(done: int, total: int) -> dict[str, Any]:
+    return {"phase": "read", "done": done, "total": total}
+
+
+@contextmanager
+def _timed(cluster: Any, clock: Clock, phase: str, watcher: Watcher) -> Iterator[dict[str, float]]:
+    """Enter and leave the cluster with only that on the clock."""
+    watcher.phase("starting Ray")
+    with clock.phase(phase):
+        resources = cluster.__enter__()
+    try:
+        yield resources
+    finally:
+        with clock.phase(phase):
+            cluster.__exit__(None, None, None)

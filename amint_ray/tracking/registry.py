@@ -1,0 +1,263 @@
+"""The registered model: safetensors weights, JSON architecture, nothing that is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from amint_ray.config.schema import Data
+from amint_ray.contracts import UserError
+from amint_ray.evaluation.calibration import p_values
+from amint_ray.model.joint import Architecture, AuditedModel
+from amint_ray.tracking.run_log import tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.models import Model, ModelSignature
+
+FLAVOR = "amint_ray"
+WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
+ARCHITECTURE, PREPROCESSING = "architecture.json", "preprocessing.json"
+
+
+class Answer(NamedTuple):
+    """What an audited model says of n images.
+
+    Attributes:
+        task_logits: (n, num_classes) float32.
+        membership_scores: (n,) float32 logits of the MINT head; larger means "more likely a
+            member". What a score is worth says `RegisteredModel.p_values`.
+    """
+
+    task_logits: torch.Tensor
+    membership_scores: torch.Tensor
+
+
+class RegisteredModel:
+    """An audited model with its preprocessing and its calibration scores.
+
+    Attributes:
+        model: the `AuditedModel`, in evaluation mode.
+        class_names: one name a task logit.
+        calibration: (m,) sorted scores of images that were not trained on.
+    """
+
+    def __init__(
+        self,
+        model: AuditedModel,
+        *,
+        mean: float,
+        std: float,
+        class_names: Sequence[str],
+        calibration: npt.NDArray[np.float64],
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.mean, self.std = mean, std
+        self.class_names = list(class_names)
+        self.calibration = calibration
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor | npt.NDArray[Any]) -> Answer:
+        """Task logits and membership scores.
+
+        Args:
+            images: (n, channels, height, width) pixels at the model's input size, either uint8 from
+                0 to 255 or floating point from 0 to 1. Normalisation is the model's business.
+
+        Raises:
+            UserError: another shape, type or range.
+        """
+        batch = torch.as_tensor(images)
+        expected = self.model.architecture.input_shape
+        if batch.ndim != 4 or tuple(batch.shape[1:]) != expected:
+            raise UserError(
+                f"images have shape {tuple(batch.shape)}; this model takes (n, "
+                f"{', '.join(map(str, expected))})"
+            )
+        if batch.dtype == torch.uint8:
+            pixels = batch.float() / 255
+        elif batch.is_floating_point():
+            pixels = batch.float()
+            if len(batch) and not (pixels.min() >= 0 and pixels.max() <= 1):
+                raise UserError(
+                    "floating-point images must hold pixels from 0 to 1, not normalised ones"
+                )
+        else:
+            raise UserError(f"images are {batch.dtype}; give uint8 or floating point")
+        logits, membership = self.model((pixels - self.mean) / self.std)
+        return Answer(logits, membership)
+
+    def p_values(self, membership_scores: torch.Tensor) -> npt.NDArray[np.float64]:
+        """Conformal p-value of each score against the stored calibration scores.
+
+        For an image that was not trained on, P(p ≤ α) ≤ α. A small one says "trained on"; a large
+        one says nothing, since training images withheld from the MINT head look like strangers.
+        """
+        return p_values(membership_scores.double().numpy(), self.calibration)
+
+
+def save_model(
+    path: str,
+    mlflow_model: Model,
+    *,
+    weights: Path,
+    architecture: Architecture,
+    data: Data,
+    class_names: Sequence[str],
+    calibration: npt.NDArray[np.float64],
+    signature: ModelSignature,
+) -> None:
+    """Write a model folder; what `mlflow.models.Model.log(flavor=registry)` calls.
+
+    Args:
+        path: folder to make.
+        mlflow_model: its `MLmodel` description, to be completed.
+        weights: safetensors file of the `AuditedModel`.
+        architecture: of the model.
+        data: tells the preprocessing.
+        class_names: one a class.
+        calibration: membership scores of the `calibration` images.
+        signature: what goes in and comes out.
+    """
+    from mlflow import pyfunc
+
+    folder = Path(path)
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(weights.read_bytes())
+    (folder / ARCHITECTURE).write_text(architecture.to_json())
+    preprocessing = {
+        "scale": 255,
+        "mean": data.mean,
+        "std": data.std,
+        "resize": "shorter side to the input size (bicubic), then the centre",
+        "class_names": list(class_names),
+    }
+    (folder / PREPROCESSING).write_text(json.dumps(preprocessing, indent=2))
+    scores = torch.from_numpy(np.sort(calibration))
+    save_file({"membership_scores": scores}, folder / CALIBRATION)
+    mlflow_model.signature = signature
+    mlflow_model.add_flavor(FLAVOR, weights=WEIGHTS, architecture=ARCHITECTURE)
+    pyfunc.add_to_model(mlflow_model, loader_module="amint_ray.tracking.registry")
+    mlflow_model.save(str(folder / "MLmodel"))
+
+
+def register(
+    name: str,
+    *,
+    run_id: str,
+    weights: Path,
+    architecture: Architecture,
+    data: Data,
+    class_names: Sequence[str],
+    calibration: npt.NDArray[np.float64],
+) -> str:
+    """Log the model to its run and register it as the next version of `name`.
+
+    Returns:
+        The new version's number.
+    """
+    import sys
+
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *architecture.input_shape), "images")]),
+        outputs=Schema(
+            [
+                TensorSpec(np.dtype("float32"), (-1, architecture.num_classes), "task_logits"),
+                TensorSpec(np.dtype("float32"), (-1,), "membership_scores"),
+            ]
+        ),
+    )
+    info = Model.log(
+        artifact_path=None,
+        name="model",
+        flavor=sys.modules[__name__],
+        registered_model_name=name,
+        run_id=run_id,
+        signature=signature,
+        weights=weights,
+        architecture=architecture,
+        data=data,
+        class_names=class_names,
+        calibration=calibration,
+    )
+    return str(info.registered_model_version)
+
+
+def load(uri: str) -> RegisteredModel:
+    """Load a model that `amint train` registered.
+
+    Args:
+        uri: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/RUN_ID/model`, or a local folder.
+
+    Raises:
+        UserError: there is no such model, or it is not one of ours.
+    """
+    if Path(uri).is_dir():
+        return read_model(Path(uri))
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not mlflow.is_tracking_uri_set():
+        mlflow.set_tracking_uri(tracking_uri())
+    try:
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
+    except (MlflowException, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {line}"
+        ) from error
+    return read_model(Path(folder))
+
+
+def read_model(folder: Path) -> RegisteredModel:
+    """Build the model from its folder; only JSON and safetensors are read.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+    try:
+        architecture = Architecture.from_json((folder / ARCHITECTURE).read_text())
+        preprocessing = json.loads((folder / PREPROCESSING).read_text())
+        model = AuditedModel(architecture)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        calibration = load_file(folder / CALIBRATION)["membership_scores"].numpy()
+        return RegisteredModel(
+            model,
+            mean=preprocessing["mean"],
+            std=preprocessing["std"],
+            class_names=preprocessing["class_names"],
+            calibration=calibration,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: not a model that amint_ray registered: {line}") from error
+
+
+class _PyFunc:
+    """What `mlflow.pyfunc.load_model` calls."""
+
+    def __init__(self, model: RegisteredModel) -> None:
+        self._model = model
+
+    def predict(
+        self, model_input: npt.NDArray[np.uint8], params: dict[str, Any] | None = None
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Both outputs by name."""
+        if isinstance(model_input, dict):
+            model_input = model_input["images"]
+        return {name: value.numpy() for name, value in self._model(model_input)._asdict().items()}
+
+
+def _load_pyfunc(path: str) -> _PyFunc:
+    return _PyFunc(read_model(Path(path)))

@@ -1,0 +1,223 @@
+"""One MLflow run: where it is kept, what it is told."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import amint_ray
+from amint_ray.config.load import fingerprint, to_yaml
+from amint_ray.config.schema import Config
+from amint_ray.contracts import UserError
+from amint_ray.storage import open_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_PACKAGES = ("amint-ray", "ray", "torch", "torchvision", "timm", "mlflow", "numpy", "pyarrow")
+_LONGEST_PARAM = 6000
+_SECONDS_TO_ANSWER = 5.0
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def check_tracking(uri: str) -> None:
+    """Find out at once whether the run can be recorded, before any work is done.
+
+    Raises:
+        UserError: nobody answers, or the folder cannot be written.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SECONDS_TO_ANSWER).close()
+        except urllib.error.HTTPError:
+            return  # somebody answers; whether we may log is for MLflow to say
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"tracking: no MLflow server answers at {_without_password(uri)} "
+                f"(MLFLOW_TRACKING_URI): {reason}; start it, or unset the variable to use a file"
+            ) from error
+    elif parts.scheme == "sqlite":
+        open_folder(Path(uri.removeprefix("sqlite:///")).parent, "tracking (working directory)")
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            open_folder("mlruns", "tracking (working directory)")
+    elif parts.scheme in ("", "file"):
+        open_folder(parts.path or uri, "tracking (MLFLOW_TRACKING_URI)")
+
+
+class RunLog:
+    """An MLflow run. Only the driver writes to it."""
+
+    def __init__(self, uri: str, config: Config, *, run_name: str, tags: Mapping[str, str]) -> None:
+        # Before the import: a training run has no business telling a vendor about itself.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        mlflow.set_tracking_uri(uri)
+        self._client: MlflowClient = mlflow.MlflowClient(uri)
+        try:
+            experiment = self._experiment(config.tracking.experiment)
+            run = self._client.create_run(
+                experiment,
+                run_name=run_name,
+                tags={
+                    "amint.recipe": config.name,
+                    "amint.config_fingerprint": fingerprint(config),
+                    "mlflow.source.name": "amint train",
+                    **_git_commit(),
+                    **tags,
+                },
+            )
+        except MlflowException as error:
+            raise UserError(
+                f"tracking: MLflow at {_without_password(uri)} refuses the run: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+        self.run_id: str = run.info.run_id
+        self._log_params(config)
+        self._client.log_text(self.run_id, to_yaml(config), "config.yaml")
+        self._client.log_dict(self.run_id, environment(), "environment.json")
+
+    def log_epoch(self, entry: Mapping[str, float]) -> None:
+        """One epoch's metrics, at step = epoch."""
+        self._log_metrics(
+            {key: value for key, value in entry.items() if key not in ("epoch", "phase")},
+            step=int(entry["epoch"]),
+        )
+
+    def log_figures(self, figures: Mapping[str, Any], *, step: int) -> None:
+        """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
+        self._log_metrics(_leaves(figures), step=step)
+
+    def log_folder(self, folder: Path) -> None:
+        """Every file in a folder, as artifacts."""
+        self._client.log_artifacts(self.run_id, str(folder))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Add tags to the run."""
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value)
+
+    def end(self, status: Status) -> None:
+        """Close the run."""
+        self._client.set_terminated(self.run_id, status)
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:  # another run made it in this moment
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def _log_params(self, config: Config) -> None:
+        from mlflow.entities import Param
+
+        params = [
+            Param(key, str(value)[:_LONGEST_PARAM])
+            for key, value in _flat(config.model_dump(mode="json")).items()
+        ]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(self.run_id, params=params[start : start + 100])
+
+    def _log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()]
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, so that a figure can be traced to what made it."""
+    import platform
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": versions,
+    }
+
+
+def _git_commit() -> dict[str, str]:
+    """The commit that this package's own files are checked out from, if they are."""
+    here = Path(amint_ray.__file__).parent
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return {}  # installed, not checked out: an enclosing repository is not ours
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    if commit is None:
+        return {}
+    return {"mlflow.source.git.commit": commit, "amint.git_clean": str(not changes).lower()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = json.dumps(value) if isinstance(value, list | dict) else value
+    return flat
+
+
+def _leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    leaves: dict[str, float] = {}
+    for key, value in figures.items():
+        name = f"{prefix}{key}"
+        if not isinstance(value, dict):
+            continue
+        if "value" not in value:
+            leaves |= _leaves(value, f"{name}.")
+        elif value["value"] is not None:
+            leaves |= {name: value["value"]}
+            leaves |= {f"{name}.low": value["low"], f"{name}.high": value["high"]}
+    return leaves
+
+
+def _without_password(uri: str) -> str:
+    parts = urllib.parse.urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return uri.replace(f":{parts.password}@", ":***@")
