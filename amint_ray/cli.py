@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -30,9 +31,9 @@ def _recipes_text() -> str:
     from amint_ray.config.load import recipe_names
 
     return (
-        f"RECIPE is one of {', '.join(recipe_names())}, or the path of a YAML file. Every key "
-        "of the configuration can be set behind it, for instance `train.epochs=5 loss.lambda_mint=0`; "
-        "`amint config RECIPE` prints them all, docs/config.md explains them."
+        f"RECIPE is one of {', '.join(recipe_names())}, or the path of a YAML file. Every key of "
+        "the configuration can be set behind it, for instance `train.epochs=5 "
+        "loss.lambda_mint=0`; `amint config RECIPE` prints them all, docs/config.md explains them."
     )
 
 
@@ -116,12 +117,19 @@ def _seconds_since_process_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C."""
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM; not an Exception, so that only clean-up code sees it pass."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
 
 
-def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    # Once is enough: an impatient second Ctrl-C must not leave Ray's processes behind.
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, lambda *_: None)
+    print("amint: stopping Ray and closing the run", file=sys.stderr)
+    raise _Stopped(signum)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0; 1 where a run failed; 2 for a mistake of the user's; 130 and 143 for Ctrl-C and SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    # SIGINT too: a shell script that starts us with & has it ignored, and Python would leave it so.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _on_signal)
     arguments = sys.argv[1:] if argv is None else argv
     try:
         cli.main(args=arguments, prog_name="amint", standalone_mode=False)
@@ -142,14 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         return _say(f"{error.format_message()}{hint}", 2)
     except RunError as error:
         if "--verbose" in arguments:
-            import traceback
-
             traceback.print_exc()
         return _say(str(error), 1)
-    except _Terminated:
-        return _say("terminated; the run is marked as killed", 143)
-    except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted; the run is marked as killed", 130)
+    except _Stopped as stopped:
+        return _say(f"stopped by {signal.Signals(stopped.signum).name}", 128 + stopped.signum)
     return 0
 
 

@@ -65,7 +65,7 @@ class Data(Section):
     """Image column of a `parquet` source; by default the only column that holds images."""
     label_column: str = "label"
     """Label column of a `parquet` source."""
-    image_size: Annotated[int, Field(ge=4, le=4096)] = 8
+    image_size: Annotated[int, Field(ge=4, le=4096)] = 32
     """Height and width in pixels that the backbone sees. Other sizes are resized when decoded
     (shorter side to this, then the centre)."""
     channels: Literal[1, 3] = 3

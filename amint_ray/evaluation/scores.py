@@ -65,6 +65,11 @@ def write_scores(table: ScoreTable, path: Path) -> None:
 def read_scores(path: Path) -> ScoreTable:
     """Load what `write_scores` stored."""
     table = pq.read_table(path)
-    text = {name: np.array(table[name].to_pylist(), np.str_) for name in ("sample_id", "role")}
-    numbers = {name: table[name].to_numpy() for name in table.column_names if name not in text}
-    return ScoreTable(**text, **numbers)
+    return ScoreTable(
+        sample_id=np.array(table["sample_id"].to_pylist(), np.str_),
+        role=np.array(table["role"].to_pylist(), np.str_),
+        label=table["label"].to_numpy(),
+        prediction=table["prediction"].to_numpy(),
+        task_loss=table["task_loss"].to_numpy(),
+        mint_logit=table["mint_logit"].to_numpy(),
+    )

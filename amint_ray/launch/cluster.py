@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 from amint_ray.config.schema import Cluster
@@ -55,6 +57,19 @@ def plan_workers(config: Cluster, *, cores: float, gpus: float) -> tuple[int, bo
 
 
 @contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Give signals back to whoever had them: starting Ray replaces the handler of SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        if handler is not None:
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
 def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]:
     """Start or join the cluster; on leaving, stop or leave it.
 
@@ -74,17 +89,17 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]
         logging.getLogger(name).setLevel(level)  # importing Ray set them to INFO
     options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=local_cores(),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _system_config=_LOCAL_SETTINGS,
-                **options,
-            )
-        else:
-            ray.init(address=address, **options)
+        with _own_signal_handlers():
+            if address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=local_cores(),
+                    include_dashboard=False,
+                    _system_config=_LOCAL_SETTINGS,
+                    **options,
+                )
+            else:
+                ray.init(address=address, **options)
         yield ray.cluster_resources()
     except ConnectionError as error:
         line = str(error).strip().splitlines()[0]

@@ -94,12 +94,12 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
     Raises:
         UserError: a mistake of the user's, found before anything was recorded.
         RunError: a worker failed for good; the MLflow run is marked failed.
-        KeyboardInterrupt: interrupted; the MLflow run is marked killed.
+        KeyboardInterrupt: or whatever else a signal raises; the MLflow run is marked killed.
     """
     clock = Clock()
     with clock.phase("data"):
         prepared = prepare(config, watcher)
-    with recording(prepared) as log:
+    with recording(prepared, watcher) as log:
         with _timed(
             connect(address_of(config.cluster), verbose=verbose), clock, "ray", watcher
         ) as cluster:
@@ -151,7 +151,7 @@ def prepare(config: Config, watcher: Watcher) -> Prepared:
 
 
 @contextmanager
-def recording(prepared: Prepared) -> Iterator[Callable[[], RunLog]]:
+def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Callable[[], RunLog]]:
     """An MLflow run around the body, ended as what the body ended as.
 
     It is opened in a thread: importing MLflow and making its database takes seconds in which the
@@ -170,8 +170,9 @@ def recording(prepared: Prepared) -> Iterator[Callable[[], RunLog]]:
         opening.result().end("FINISHED")
     except BaseException as error:
         if opening.exception() is None:
-            killed = isinstance(error, KeyboardInterrupt | SystemExit)
-            opening.result().end("KILLED" if killed else "FAILED")
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            opening.result().end(status)
+            watcher.phase(f"MLflow run {opening.result().run_id} is marked {status}")
         raise
     finally:
         executor.shutdown()

@@ -251,12 +251,13 @@ class _PyFunc:
         self._model = model
 
     def predict(
-        self, model_input: npt.NDArray[np.uint8], params: dict[str, Any] | None = None
+        self,
+        model_input: npt.NDArray[np.uint8] | dict[str, npt.NDArray[np.uint8]],
+        params: dict[str, Any] | None = None,
     ) -> dict[str, npt.NDArray[np.float32]]:
-        """Both outputs by name."""
-        if isinstance(model_input, dict):
-            model_input = model_input["images"]
-        return {name: value.numpy() for name, value in self._model(model_input)._asdict().items()}
+        """Both outputs by name. The signature names its input, so MLflow may pass it as a dict."""
+        images = model_input["images"] if isinstance(model_input, dict) else model_input
+        return {name: value.numpy() for name, value in self._model(images)._asdict().items()}
 
 
 def _load_pyfunc(path: str) -> _PyFunc:

@@ -34,7 +34,7 @@ def train_step(
         divided once.
     """
     loss, sums = forward(model, batch, objective)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scheduler.step()
