@@ -146,6 +146,9 @@ def main(argv: list[str] | None = None) -> int:
         cli.main(args=arguments, prog_name="amint", standalone_mode=False)
     except UserError as error:
         return _say(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
     except click.ClickException as error:
         context: Any = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""

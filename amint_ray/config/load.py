@@ -79,8 +79,8 @@ def _read_yaml(recipe: str) -> DictConfig:
         text = (resources.files("amint_ray") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
     else:
         raise UserError(
-            f"config: there is no recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}; "
-            f"recipes: {', '.join(recipe_names())}, or a path that ends in .yaml"
+            f"config: there is no recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}; there "
+            f"are {', '.join(recipe_names())}, and any path that ends in .yaml"
         )
     try:
         tree = OmegaConf.create(text)
@@ -123,14 +123,14 @@ def _explain(error: ErrorDetails) -> str:
         valid = _keys_at(path[:-1])
         near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
         if near:
-            hint = f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?"
+            hint = f", did you mean {'.'.join([*path[:-1], near[0]])!r}"
         else:
             elsewhere = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.5) or [
                 k for k in _all_keys() if k.rsplit(".", 1)[-1] == path[-1]
             ]
-            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else ""
+            hint = f", did you mean {elsewhere[0]!r}" if elsewhere else ""
         where = f"in {'.'.join(path[:-1])!r}" if path[:-1] else "at the top level"
-        return f"unknown key {key!r} (value {value!r}){hint} Keys {where}: {', '.join(valid)}"
+        return f"unknown key {key!r} (value {value!r}){hint}; keys {where}: {', '.join(valid)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if isinstance(value, dict | BaseModel) and error["type"] == "value_error":
@@ -161,7 +161,7 @@ def _all_keys(prefix: tuple[str, ...] = ()) -> list[str]:
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f", did you mean {near[0]!r}" if near else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
 from amint_ray.config.schema import Cluster
 from amint_ray.contracts import UserError
 
+_SECONDS_TO_ANSWER = 5.0
 # Ray copies these from the driver to the controller and the workers. Ray Train looks after its
 # workers every 2 s by default, and each report and the end of a run wait for the next look.
 _TRAIN_SETTINGS = {
@@ -27,6 +29,24 @@ _LOCAL_SETTINGS = {"enable_worker_prestart": False, "prestart_worker_first_drive
 def address_of(config: Cluster) -> str | None:
     """`host:port` of the cluster to join, or None to start one on this machine."""
     return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def check_address(address: str) -> None:
+    """Find out in seconds whether anybody listens there; Ray itself tries for minutes.
+
+    Raises:
+        UserError: nobody does, or the address has no port.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if address == "auto":
+            return
+        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cluster.address = {address!r}: no Ray cluster answers there ({error}); give "
+            "host:port of a running one, or leave cluster.address and RAY_ADDRESS empty"
+        ) from error
 
 
 def local_cores() -> int:

@@ -25,11 +25,11 @@ from amint_ray.data.sources import ImageSet, load_source
 from amint_ray.evaluation.figures import roc_curves, score_histograms
 from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import read_scores
-from amint_ray.launch.cluster import address_of, connect, local_cores, plan_workers
+from amint_ray.launch.cluster import address_of, check_address, connect, local_cores, plan_workers
 from amint_ray.model.joint import Architecture, plan_architecture
-from amint_ray.storage import open_folder
+from amint_ray.storage import writable_folder
 from amint_ray.tracking import registry
-from amint_ray.tracking.run_log import RunLog, check_tracking, tracking_uri
+from amint_ray.tracking.run_log import RunLog, Status, check_tracking, tracking_uri
 from amint_ray.train.loop import SCORES, train
 from amint_ray.train.state import WEIGHTS
 
@@ -120,9 +120,12 @@ def prepare(config: Config, watcher: Watcher) -> Prepared:
         UserError: something was found.
     """
     watcher.phase("checking the configuration")
-    if address_of(config.cluster) is None:
+    address = address_of(config.cluster)
+    if address is None:
         plan_workers(config.cluster, cores=local_cores(), gpus=torch.cuda.device_count())
-    storage = open_folder(config.storage.path, "storage.path")
+    else:
+        check_address(address)
+    storage = writable_folder(config.storage.path, "storage.path")
     uri = tracking_uri()
     check_tracking(uri)
     # Two classes stand for any number: taps and head do not depend on it, and a wrong tap should
@@ -170,7 +173,7 @@ def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Callable[[], Run
         opening.result().end("FINISHED")
     except BaseException as error:
         if opening.exception() is None:
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
             opening.result().end(status)
             watcher.phase(f"MLflow run {opening.result().run_id} is marked {status}")
         raise

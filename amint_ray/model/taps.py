@@ -94,7 +94,7 @@ def probe_taps(
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             choice = near or [name for name, _ in backbone.named_children()]
             raise UserError(
-                f"mint.taps: the backbone has no module {name!r}; "
+                f"mint.taps = [{', '.join(names)}]: the backbone has no module {name!r}; "
                 f"{'near names' if near else 'its modules begin with'}: {', '.join(choice)}"
             )
     handles = [

@@ -19,7 +19,7 @@ import amint_ray
 from amint_ray.config.load import fingerprint, to_yaml
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError
-from amint_ray.storage import open_folder
+from amint_ray.storage import writable_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +33,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return _from_environment() or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def _from_environment() -> str | None:
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
 def check_tracking(uri: str) -> None:
@@ -55,11 +59,10 @@ def check_tracking(uri: str) -> None:
                 f"(MLFLOW_TRACKING_URI): {reason}; start it, or unset the variable to use a file"
             ) from error
     elif parts.scheme == "sqlite":
-        open_folder(Path(uri.removeprefix("sqlite:///")).parent, "tracking (working directory)")
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            open_folder("mlruns", "tracking (working directory)")
+        key = f"tracking ({'MLFLOW_TRACKING_URI' if _from_environment() else 'working directory'})"
+        writable_folder(Path(uri.removeprefix("sqlite:///")).parent, key)
     elif parts.scheme in ("", "file"):
-        open_folder(parts.path or uri, "tracking (MLFLOW_TRACKING_URI)")
+        writable_folder(parts.path, "tracking (MLFLOW_TRACKING_URI)")
 
 
 class RunLog:
