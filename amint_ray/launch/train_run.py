@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,22 +15,15 @@ from typing import Any, Protocol
 
 import torch
 
-from amint_ray.config.load import fingerprint
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Role, RunError, ScoreTable
-from amint_ray.data.loading import MemoryStreams, check_roles
+from amint_ray.contracts import RunError
+from amint_ray.data.loading import check_roles
 from amint_ray.data.roles import Manifest, build_manifest
 from amint_ray.data.sources import ImageSet, load_source
-from amint_ray.evaluation.figures import roc_curves, score_histograms
-from amint_ray.evaluation.report import evaluate
-from amint_ray.evaluation.scores import read_scores
 from amint_ray.launch.cluster import address_of, check_address, connect, local_cores, plan_workers
 from amint_ray.model.joint import Architecture, plan_architecture
 from amint_ray.storage import writable_folder
-from amint_ray.tracking import registry
 from amint_ray.tracking.run_log import RunLog, Status, check_tracking, tracking_uri
-from amint_ray.train.loop import SCORES, train
-from amint_ray.train.state import WEIGHTS
 
 _SECONDS_BETWEEN_POLLS = 0.2
 
@@ -109,7 +101,9 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
             checkpoint = _fit(prepared, workers, use_gpu, log, watcher, clock)
         with clock.phase("log"):
             watcher.phase("recording")
-            document = _record(prepared, checkpoint, log())
+            from amint_ray.launch.record import record
+
+            document = record(prepared, checkpoint, log())
     return {**document, "workers": workers, "seconds": clock.seconds}
 
 
@@ -168,6 +162,8 @@ def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Callable[[], Run
         run_name=prepared.run_name,
         tags={"amint.manifest_fingerprint": prepared.manifest.fingerprint},
     )
+    # SciPy and Matplotlib are for the end; now nobody waits for their import.
+    executor.submit(importlib.import_module, "amint_ray.launch.record")
     try:
         yield opening.result
         opening.result().end("FINISHED")
@@ -195,6 +191,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from amint_ray.launch.progress import Receiver
+    from amint_ray.launch.worker import train_worker
 
     config = prepared.config
     trainer = TorchTrainer(
@@ -245,82 +242,6 @@ def _fit(
     clock.add("evaluate", home["seconds"]["evaluate"])
     clock.add("workers", returned - home["left"])
     return Path(result.checkpoint.to_directory())
-
-
-def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs in every worker: wire the loop to its data and its world."""
-    import ray
-
-    from amint_ray.launch.context import RayContext
-
-    entered = time.time()
-    config: Config = arguments["config"]
-    context = RayContext(arguments["run_name"])
-    streams = MemoryStreams(
-        ray.get(arguments["images"]),
-        ray.get(arguments["manifest"]),
-        config,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
-    trained = train(config, arguments["architecture"], streams, context)
-    return {
-        "entered": entered,
-        "left": time.time(),
-        "seconds": trained.seconds,
-        "history": trained.history,
-    }
-
-
-def _record(prepared: Prepared, checkpoint: Path, log: RunLog) -> dict[str, Any]:
-    """Measure, store and register; gives the run's document."""
-    config = prepared.config
-    table = read_scores(checkpoint / SCORES)
-    figures = evaluate(table, config.evaluation)
-    log.log_figures(figures, step=config.train.epochs)
-    version = registry.register(
-        config.registered_model,
-        run_id=log.run_id,
-        weights=checkpoint / WEIGHTS,
-        architecture=prepared.architecture,
-        data=config.data,
-        class_names=prepared.images.class_names,
-        calibration=table.of(Role.CALIBRATION).mint_logit,
-    )
-    model_uri = f"models:/{config.registered_model}/{version}"
-    document = {
-        "run_id": log.run_id,
-        "run_name": prepared.run_name,
-        "tracking_uri": prepared.tracking_uri,
-        "recipe": config.name,
-        "model_uri": model_uri,
-        "load": f'amint_ray.load("{model_uri}")',
-        **figures,
-        "counts": prepared.manifest.counts,
-        "duplicates": prepared.manifest.duplicates,
-        "manifest_fingerprint": prepared.manifest.fingerprint,
-        "config_fingerprint": fingerprint(config),
-        "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
-    }
-    _log_artifacts(prepared, checkpoint, table, document, log)
-    return document
-
-
-def _log_artifacts(
-    prepared: Prepared,
-    checkpoint: Path,
-    table: ScoreTable,
-    document: Mapping[str, Any],
-    log: RunLog,
-) -> None:
-    with tempfile.TemporaryDirectory(prefix="amint-artifacts-") as name:
-        folder = Path(name)
-        prepared.manifest.write(folder / "manifest.parquet")
-        (folder / SCORES).write_bytes((checkpoint / SCORES).read_bytes())
-        (folder / "figures.json").write_text(json.dumps(document, indent=2))
-        roc_curves(table, document).savefig(folder / "roc.png", dpi=120)
-        score_histograms(table).savefig(folder / "scores.png", dpi=120)
-        log.log_folder(folder)
 
 
 class _InThread(threading.Thread):

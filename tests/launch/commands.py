@@ -1,0 +1,94 @@
+"""Running the real command in a process of its own, and finding what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SECONDS_AT_MOST = 240
+
+
+@dataclass
+class Command:
+    """`amint ARGUMENTS` in a folder; it and all its descendants carry a mark."""
+
+    folder: Path
+    arguments: list[str]
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+        }
+        self._stdout = self.folder / f"stdout-{self.mark}"
+        self._stderr = self.folder / f"stderr-{self.mark}"
+        with self._stdout.open("w") as out, self._stderr.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "amint_ray.cli", *self.arguments],
+                cwd=self.folder,
+                env={**environment, "AMINT_TEST_MARK": self.mark},
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(SECONDS_AT_MOST)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            for process in self.descendants():
+                process.kill()
+            raise
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS_AT_MOST
+        while not condition():
+            assert self.process.poll() is None, f"ended too early:\n{self.stderr}"
+            assert time.monotonic() < deadline, f"waited too long:\n{self.stderr}"
+            time.sleep(0.1)
+
+    def document(self) -> dict[str, Any]:
+        assert self.wait() == 0, self.stderr
+        document: dict[str, Any] = json.loads(self.stdout)
+        return document
+
+    def descendants(self, name: str = "") -> list[psutil.Process]:
+        """Live processes that carry the mark, those whose command line holds `name`."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if (
+                    process.pid != self.process.pid
+                    and process.environ().get("AMINT_TEST_MARK") == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                    and name in " ".join(process.cmdline())
+                ):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def leftovers(self) -> list[str]:
+        """What still runs a few seconds after the command ended."""
+        psutil.wait_procs(self.descendants(), timeout=10)
+        return [" ".join(process.cmdline())[:120] for process in self.descendants()]

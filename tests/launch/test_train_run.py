@@ -1,0 +1,254 @@
+"""The main job as a user runs it: real Ray, real MLflow, real files."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from launch.commands import Command
+from sklearn.datasets import load_digits
+
+import amint_ray
+from amint_ray.config.load import load_config
+from amint_ray.config.schema import Shares
+from amint_ray.contracts import Role
+from amint_ray.data.roles import Manifest, content_hash, role_of
+from amint_ray.evaluation.report import evaluate
+from amint_ray.evaluation.scores import read_scores
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+EPOCHS = 4
+
+
+class Run:
+    """A finished `amint train digits` and what it recorded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.command = Command(folder, ["train", "digits", f"train.epochs={EPOCHS}", "--json"])
+        self.document = self.command.document()
+        import mlflow
+
+        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        mlflow.set_tracking_uri(self.uri)
+        self.client = mlflow.MlflowClient(self.uri)
+        self.record = self.client.get_run(self.document["run_id"])
+
+    def artifact(self, name: str) -> Path:
+        return Path(self.client.download_artifacts(self.document["run_id"], name))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("run"))
+
+
+def leaves(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every `{value, low, high}` of a nested document."""
+    if "value" in document:
+        return [document]
+    return [leaf for v in document.values() if isinstance(v, dict) for leaf in leaves(v)]
+
+
+def test_document_has_the_keys_that_scripts_rely_on(run: Run) -> None:
+    document = run.document
+    assert document["recipe"] == "digits"
+    assert document["model_uri"] == "models:/amint-digits/1"
+    assert document["workers"] == 2
+    assert set(document["counts"]) == {role.value for role in Role}
+    assert sum(document["counts"].values()) == 1797
+    figures = [document["task"]["accuracy"]]
+    for role in ("member", "withheld"):
+        question = document["membership"][role]
+        assert question["compared"]["n_positives"] == document["counts"][role]
+        assert question["compared"]["n_negatives"] == document["counts"]["test"]
+        figures += [
+            question["auc"],
+            question["balanced_accuracy"],
+            question["balanced_accuracy_at_half"],
+            question["tpr_at_fpr"]["0.01"],
+        ]
+    for figure in figures:
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    for leaf in leaves(document):
+        assert leaf["value"] is not None or leaf["note"]
+
+
+def test_seconds_by_phase_add_up(run: Run) -> None:
+    seconds = run.document["seconds"]
+    phases = {"import", "data", "ray", "workers", "train", "evaluate", "log"}
+    assert set(seconds) == phases | {"total"}
+    assert sum(seconds[phase] for phase in phases) == pytest.approx(seconds["total"], rel=0.2)
+
+
+def test_progress_goes_to_stderr_and_libraries_keep_quiet(run: Run) -> None:
+    lines = run.command.stderr.splitlines()
+    assert all(line.startswith("amint: ") for line in lines), lines
+    assert any("epoch 1 " in line and "task" in line and "mint" in line for line in lines)
+
+
+def test_nothing_is_left_running(run: Run) -> None:
+    assert run.command.leftovers() == []
+
+
+def test_every_figure_can_be_computed_again_from_the_stored_scores(run: Run) -> None:
+    table = read_scores(run.artifact("scores.parquet"))
+    again = evaluate(table, load_config("digits").evaluation)
+    for key, value in again.items():
+        assert run.document[key] == value
+    assert len(table) == 1797
+
+
+def test_manifest_says_what_each_image_was_used_for(run: Run) -> None:
+    manifest = Manifest.read(run.artifact("manifest.parquet"))
+    assert manifest.fingerprint == run.document["manifest_fingerprint"]
+    assert manifest.counts == run.document["counts"]
+    shares = Shares(member=0.16, withheld=0.04, external=0.14, calibration=0.08, test=0.58)
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    for i in range(0, 1797, 50):
+        row = manifest.sample_id.tolist().index(f"digits/{i}")
+        content = content_hash(np.repeat(pixels[i][:, :, None], 3, axis=2))
+        assert manifest.content[row] == content
+        assert manifest.role[row] == role_of(content, shares, 0).value
+        assert manifest.label[row] == digits.target[i]
+
+
+def test_mlflow_run_is_complete(run: Run) -> None:
+    record = run.record
+    assert record.info.status == "FINISHED"
+    assert record.data.params["train.epochs"] == str(EPOCHS)
+    assert record.data.params["loss.lambda_mint"] == "0.03"
+    assert record.data.tags["amint.recipe"] == "digits"
+    assert record.data.tags["amint.manifest_fingerprint"] == run.document["manifest_fingerprint"]
+    for name in ("train/task_loss", "train/mint_loss", "calibration/task_accuracy"):
+        history = run.client.get_metric_history(record.info.run_id, name)
+        assert [point.step for point in history] == list(range(1, EPOCHS + 1))
+    auc = run.document["membership"]["member"]["auc"]
+    assert record.data.metrics["membership.member.auc"] == auc["value"]
+    assert record.data.metrics["membership.member.auc.low"] == auc["low"]
+    names = {file.path for file in run.client.list_artifacts(record.info.run_id)}
+    assert names >= {
+        "config.yaml",
+        "environment.json",
+        "figures.json",
+        "manifest.parquet",
+        "roc.png",
+        "scores.parquet",
+        "scores.png",
+    }
+    assert load_config(str(run.artifact("config.yaml"))).train.epochs == EPOCHS
+    for picture in ("roc.png", "scores.png"):
+        assert run.artifact(picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_registered_model_answers_as_it_was_measured(run: Run) -> None:
+    table = read_scores(run.artifact("scores.parquet"))
+    model = amint_ray.load(run.document["model_uri"])
+    pixels = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
+    rows = [int(name.removeprefix("digits/")) for name in table.sample_id]
+    answer = model(pixels[rows])
+    np.testing.assert_allclose(answer.membership_scores, table.mint_logit, atol=1e-4)
+    np.testing.assert_array_equal(answer.task_logits.argmax(1), table.prediction)
+    calibration = table.of(Role.CALIBRATION).mint_logit
+    assert sorted(calibration) == pytest.approx(model.calibration.tolist())
+
+
+def test_registered_model_is_an_mlflow_model_without_pickle(run: Run) -> None:
+    import mlflow
+
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=run.document["model_uri"]))
+    files = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert files >= {"MLmodel", "model.safetensors", "architecture.json", "preprocessing.json"}
+    assert not [name for name in files if name.endswith((".pkl", ".pt", ".pth", ".pickle", ".bin"))]
+    images = np.zeros((3, 1, 8, 8), dtype=np.uint8)
+    model = mlflow.pyfunc.load_model(run.document["model_uri"])
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 1, 8, 8)
+    answer = model.predict(images)
+    assert answer["task_logits"].shape == (3, 10)
+    np.testing.assert_allclose(
+        answer["membership_scores"],
+        amint_ray.load(run.document["model_uri"])(images).membership_scores,
+    )
+    with pytest.raises(mlflow.MlflowException):
+        model.predict(images.astype(np.float64))
+
+
+def test_two_runs_at_once_and_any_number_of_workers_agree(run: Run, tmp_path: Path) -> None:
+    arguments = ["train", "digits", f"train.epochs={EPOCHS}", "--json"]
+    one = Command(tmp_path, [*arguments, "cluster.workers=1"])
+    two = Command(tmp_path, [*arguments, "cluster.workers=2"])
+    documents = [one.document(), two.document()]
+    assert {d["model_uri"] for d in documents} == {
+        "models:/amint-digits/1",
+        "models:/amint-digits/2",
+    }
+    assert documents[0]["run_id"] != documents[1]["run_id"]
+    assert one.leftovers() == two.leftovers() == []
+    for document in documents:
+        assert document["manifest_fingerprint"] == run.document["manifest_fingerprint"]
+        for path in (("task", "accuracy"), ("membership", "member", "auc")):
+            here, there = document, run.document
+            for key in path:
+                here, there = here[key], there[key]
+            # The same batches, summed in another order: float32 drifts apart a little.
+            assert here["value"] == pytest.approx(there["value"], abs=0.01)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_marked_killed_and_leaves_nothing(
+    tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    command = Command(tmp_path, ["train", "digits", "train.epochs=10000", "--json"])
+    command.wait_until(lambda: "epoch 1 " in command.stderr)
+    command.process.send_signal(signum)
+    assert command.wait() == code
+    assert command.stdout == ""
+    assert "Traceback" not in command.stderr
+    assert command.leftovers() == []
+    assert statuses(tmp_path) == ["KILLED"]
+
+
+def test_a_killed_worker_costs_the_run_at_most_the_epochs_since_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    command = Command(
+        tmp_path, ["train", "digits", "train.epochs=150", "train.checkpoint_every=1", "--json"]
+    )
+    command.wait_until(lambda: bool(list(tmp_path.glob("amint_runs/*/checkpoint_*/state.json"))))
+    workers = [p for p in command.descendants("ray::") if "TrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[-1].kill()
+    document = command.document()
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    history = client.get_metric_history(document["run_id"], "train/task_loss")
+    assert [point.step for point in history] == list(range(1, 151))
+    assert command.leftovers() == []
+
+
+def test_a_run_that_diverges_fails_in_one_line(tmp_path: Path) -> None:
+    command = Command(
+        tmp_path, ["train", "digits", "train.lr=1e30", "cluster.max_failures=0", "--json"]
+    )
+    assert command.wait() == 1
+    last = command.stderr.splitlines()[-1]
+    assert "not finite in epoch" in last and "train.lr" in last
+    assert "Traceback" not in command.stderr
+    assert command.stdout == ""
+    assert statuses(tmp_path) == ["FAILED"]
+    assert command.leftovers() == []
+
+
+def statuses(folder: Path) -> list[str]:
+    """Of all MLflow runs in a folder's database."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [found.info.status for found in client.search_runs(experiments)]

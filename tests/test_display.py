@@ -1,0 +1,95 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from amint_ray.display import LiveDisplay, PlainDisplay, interval, print_result
+
+EPOCH = {"phase": "epoch", "epoch": 3, "train/task_loss": 0.5, "train/mint_loss": 0.25}
+STEP = {"phase": "train", "epoch": 3, "epochs": 8, "step": 30, "steps": 80}
+
+
+def test_plain_form_is_lines_with_epoch_and_both_losses() -> None:
+    out = io.StringIO()
+    display = PlainDisplay(Console(file=out, width=40))
+    display.phase("starting Ray")
+    display.event(STEP)
+    display.event(EPOCH)
+    display.event({**EPOCH, "epoch": 4})  # too soon after the last line
+    display.event({"phase": "evaluate"})
+    display.close()
+    assert out.getvalue().splitlines() == [
+        "amint: starting Ray",
+        "amint: epoch 3  task 0.5000  mint 0.2500",
+        "amint: scoring every sample",
+    ]
+
+
+def test_plain_training_has_no_mint_loss() -> None:
+    out = io.StringIO()
+    display = PlainDisplay(Console(file=out, width=80))
+    display.event({"phase": "epoch", "epoch": 1, "train/task_loss": 0.5})
+    assert out.getvalue() == "amint: epoch 1  task 0.5000\n"
+
+
+def test_live_form_shows_epoch_losses_and_rate() -> None:
+    out = io.StringIO()
+    display = LiveDisplay(Console(file=out, force_terminal=True, width=120))
+    display.phase("starting 2 workers")
+    display.event({**STEP, "step": 20})
+    display.event(EPOCH)
+    display.event(STEP)
+    display._progress.refresh()
+    display.close()
+    text = out.getvalue()
+    for part in ("epoch 3/8", "task 0.5000", "mint 0.2500", "steps/s"):
+        assert part in text
+
+
+def test_result_shows_figures_intervals_and_how_to_load() -> None:
+    figure = {"value": 0.9, "low": 0.85, "high": 0.94}
+    unknown = {"value": None, "low": None, "high": None, "note": "too few"}
+    question = {
+        "auc": figure,
+        "threshold_fpr": 0.05,
+        "balanced_accuracy": {"value": 0.8, "low": 0.7, "high": 0.85},
+        "balanced_accuracy_at_half": {"value": 0.6, "low": 0.5, "high": 0.7},
+        "tpr_at_fpr": {"0.01": {"value": 0.3, "low": 0.2, "high": 0.4}, "0.001": unknown},
+        "realised_fpr_at": {"0.01": {"value": 0.012, "low": 0.005, "high": 0.02}, "0.001": unknown},
+    }
+    document = {
+        "recipe": "digits",
+        "confidence": 0.95,
+        "counts": {"member": 294, "withheld": 73, "test": 1072},
+        "membership": {"member": question, "withheld": question},
+        "loss_threshold": {"member": question, "withheld": question},
+        "task": {"accuracy": {"value": 0.97, "low": 0.96, "high": 0.98}},
+        "run_id": "abc",
+        "tracking_uri": "sqlite:///mlflow.db",
+        "model_uri": "models:/amint-digits/1",
+        "load": 'amint_ray.load("models:/amint-digits/1")',
+        "seconds": {"train": 1.0, "total": 2.0},
+    }
+    out = io.StringIO()
+    print_result(document, Console(file=out, width=120))
+    text = out.getvalue()
+    for part in (
+        "0.900 [0.850, 0.940]",
+        "0.800 [0.700, 0.850]",
+        "0.600 [0.500, 0.700]",
+        "0.300 [0.200, 0.400]",
+        "0.012 [0.005, 0.020]",
+        "0.970 [0.960, 0.980]",
+        "1072 test images",
+        'amint_ray.load("models:/amint-digits/1")',
+        "abc",
+    ):
+        assert part in text
+    assert "0.001 FPR" not in text  # no value in either column, no row
+
+
+def test_a_figure_without_value_is_a_dash() -> None:
+    assert interval({"value": None, "low": None, "high": None, "note": "too few"}) == "–"

@@ -1,0 +1,51 @@
+"""Files beside the code that must keep in step with it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from amint_ray.config.load import load_config, recipe_names
+from amint_ray.config.reference import reference
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_configuration_page_is_what_the_schema_says() -> None:
+    assert (ROOT / "docs" / "config.md").read_text() == reference(), "run `make docs`"
+
+
+def test_constraints_pin_versions_and_hold_no_address() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/:@]+( ; .+)?", line), line
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_and_paths_in_the_documentation_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_commands_in_the_readme_take_their_arguments() -> None:
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"\.venv/bin/amint (?:train|config) (.+)", text)
+    assert len(commands) >= 5
+    for command in commands:
+        words = re.sub(r"[`>].*|#.*", "", command).split(None, 1)
+        if words[0] not in recipe_names():
+            continue
+        rest = words[1] if len(words) > 1 else ""
+        overrides = [o.strip("'") for o in re.findall(r"'[^']+'|\S+=\S+", rest)]
+        load_config(words[0], overrides)
+
+
+def test_make_help_lists_the_targets() -> None:
+    done = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True)
+    for target in ("setup", "train", "test", "lint", "clean"):
+        assert re.search(rf"^{target} ", done.stdout, re.MULTILINE), done.stdout
