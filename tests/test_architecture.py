@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "audit": {"contracts", "config", "storage", "data", "evaluation", "tracking"},
     "display": {"contracts"},
 }
-ANYTHING_BUT_CLI = {"launch", "__init__"}
+ALL_BUT_SCREEN = {"launch", "__init__"}  # anything but cli and display
 ANYTHING = {"cli", "__main__"}
 
 FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
@@ -86,7 +86,7 @@ def imports(source: str, package: str) -> Iterator[Import]:
 def violations(root: Path) -> list[str]:
     """Every broken rule in a package's source tree, as `path:line: what`."""
     found = []
-    known = {*ROOMS, *ANYTHING_BUT_CLI, *ANYTHING}
+    known = {*ROOMS, *ALL_BUT_SCREEN, *ANYTHING}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         room = relative.parts[0].removesuffix(".py")
@@ -118,7 +118,7 @@ def violations(root: Path) -> list[str]:
                 continue
             lazy_display = room == "display" and not entry.top_level
             if room in ANYTHING or (
-                (room in ANYTHING_BUT_CLI or lazy_display) and target not in ANYTHING
+                (room in ALL_BUT_SCREEN or lazy_display) and target not in {*ANYTHING, "display"}
             ):
                 continue
             if target not in ROOMS.get(room, set()):
@@ -148,6 +148,7 @@ PLANTED = {
     "tracking/run_log.py": ("from amint_ray.train import loop", "tracking imports train"),
     "audit/verdict.py": ("from amint_ray.train.loop import x", "audit imports train"),
     "launch/run.py": ("from amint_ray.cli import main", "launch imports cli"),
+    "launch/watch.py": ("def f():\n    from amint_ray import display", "launch imports display"),
     "display.py": ("import amint_ray.config.schema", "display imports config"),
     "storage.py": ("import tests.conftest", "imports tests"),
     "attic/junk.py": ("", "attic is no room of the house"),

@@ -47,12 +47,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"config: {_explain(e)}" for e in error.errors())) from error
+        lines = [f"config: {_explain(e)}" for e in _roots(error.errors())]
+        raise UserError("\n".join(lines)) from error
 
 
 def to_yaml(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text.replace("${", "\\${")  # to be read as it stands, not as a reference
 
 
 def fingerprint(config: Config) -> str:
@@ -83,6 +85,9 @@ def _read_yaml(recipe: str) -> DictConfig:
             f"are {', '.join(recipe_names())}, and any path that ends in .yaml"
         )
     try:
+        # Everything is text to the base loader: it tells the shape and trips over no value.
+        if not isinstance(yaml.load(text, yaml.BaseLoader) or {}, dict):
+            raise UserError(f"config: {where}: holds no mapping of `key: value` lines")
         tree = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -90,16 +95,10 @@ def _read_yaml(recipe: str) -> DictConfig:
         raise UserError(f"config: {where}{place}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"config: {where}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(tree, DictConfig) or not _is_mapping(text):
-        raise UserError(f"config: {where}: holds no mapping of `key: value` lines")
+    assert isinstance(tree, DictConfig)
     if path.suffix in (".yaml", ".yml") and "name" not in tree:
         tree["name"] = path.stem
     return tree
-
-
-def _is_mapping(text: str) -> bool:
-    # OmegaConf reads a bare word as {word: null}; YAML itself says what the text is.
-    return isinstance(yaml.safe_load(text) or {}, dict)
 
 
 def _merge(tree: DictConfig, override: str) -> DictConfig:
@@ -114,6 +113,17 @@ def _merge(tree: DictConfig, override: str) -> DictConfig:
     return merged
 
 
+def _roots(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Without the complaint that a list is too short because its items were refused."""
+    told = [error["loc"] for error in errors if error["type"] != "too_short"]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(loc[: len(error["loc"])] == error["loc"] for loc in told)
+    ]
+
+
 def _explain(error: ErrorDetails) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
@@ -121,14 +131,7 @@ def _explain(error: ErrorDetails) -> str:
     value = error["input"]
     if error["type"] == "extra_forbidden":
         valid = _keys_at(path[:-1])
-        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
-        if near:
-            hint = f", did you mean {'.'.join([*path[:-1], near[0]])!r}"
-        else:
-            elsewhere = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.5) or [
-                k for k in _all_keys() if k.rsplit(".", 1)[-1] == path[-1]
-            ]
-            hint = f", did you mean {elsewhere[0]!r}" if elsewhere else ""
+        hint = _nearest(path, valid)
         where = f"in {'.'.join(path[:-1])!r}" if path[:-1] else "at the top level"
         return f"unknown key {key!r} (value {value!r}){hint}; keys {where}: {', '.join(valid)}"
     message = error["msg"].removeprefix("Value error, ")
@@ -136,6 +139,20 @@ def _explain(error: ErrorDetails) -> str:
     if isinstance(value, dict | BaseModel) and error["type"] == "value_error":
         return f"{key}: {message}"
     return f"{key} = {value!r}: {message}"
+
+
+def _nearest(path: Sequence[str], valid: Sequence[str]) -> str:
+    """The key that was probably meant: the same word elsewhere, or a like one here or anywhere."""
+    key = ".".join(path)
+    same = [known for known in _all_keys() if known.rsplit(".", 1)[-1] == path[-1]]
+    here = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+    candidates = [
+        *(same if len(same) == 1 else []),
+        *(".".join([*path[:-1], near]) for near in here),
+        *same,
+        *difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.5),
+    ]
+    return f", did you mean {candidates[0]!r}" if candidates else ""
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

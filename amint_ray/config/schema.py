@@ -59,8 +59,8 @@ class Data(Section):
     """`digits`: scikit-learn's bundled 8×8 digits. `parquet`: a folder or file in the Hugging Face
     hub's layout (an image column of `{bytes, path}`, a label column)."""
     path: str | None = None
-    """Folder or file of a `parquet` source. Files whose name starts with `test` or `validation`
-    are the official test split: all of it gets the role `test`."""
+    """Folder or file of a `parquet` source. Files named `test…` or `validation…`, or in a
+    folder of that name, are the official test split: all of it gets the role `test`."""
     image_column: str | None = None
     """Image column of a `parquet` source; by default the only column that holds images."""
     label_column: str = "label"

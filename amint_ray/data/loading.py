@@ -41,11 +41,7 @@ class MemoryStreams:
         self._told = role != Role.WITHHELD.value
         self._d = np.flatnonzero(np.isin(role, [r.value for r in Role if r.trains_task]))
         self._e = np.flatnonzero(role == Role.EXTERNAL.value)
-        self._external_rows = (
-            round(config.train.batch_size * config.train.external_ratio)
-            if config.loss.lambda_mint > 0
-            else 0
-        )
+        self._external_rows = _external_rows(config)
         self._round: tuple[int, Positions] = (-1, self._e)
         self.steps_per_epoch = len(self._d) // config.train.batch_size
 
@@ -112,12 +108,24 @@ class MemoryStreams:
         return to_model_input(torch.from_numpy(self._images[rows]), self._config.data)
 
 
+def _external_rows(config: Config) -> int:
+    """Rows of E in a global batch."""
+    if config.loss.lambda_mint == 0:
+        return 0
+    return round(config.train.batch_size * config.train.external_ratio)
+
+
 def check_roles(manifest: Manifest, config: Config) -> None:
     """Whether the split can be trained and measured on at all.
 
     Raises:
-        UserError: a role that is needed is empty, or D has fewer images than one batch.
+        UserError: a role that is needed is empty, or a batch would lack D or E.
     """
+    if config.loss.lambda_mint > 0 and _external_rows(config) == 0:
+        raise UserError(
+            f"train.external_ratio = {config.train.external_ratio:g}: less than one image of E for "
+            f"the {config.train.batch_size} of D in a batch; make one of the two larger"
+        )
     needed = [Role.MEMBER, Role.CALIBRATION, Role.TEST]
     if config.loss.lambda_mint > 0:
         needed.append(Role.EXTERNAL)

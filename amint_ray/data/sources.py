@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from amint_ray.config.schema import Data
 from amint_ray.contracts import UserError
 from amint_ray.data.roles import content_hash
+
+# A larger label is a mistake (an identifier, a hash), not one of that many classes.
+_MOST_CLASSES = 1_000_000
 
 Progress = Callable[[int, int], None]
 
@@ -81,7 +85,8 @@ def load_source(config: Data, progress: Progress = lambda done, total: None) -> 
         sample_id.append(sample.sample_id)
         if i % 1000 == 999:
             progress(i + 1, opened.count)
-    names = opened.class_names or [str(c) for c in range(int(label.max()) + 1)]
+    classes = min(int(label.max()) + 1, _MOST_CLASSES)
+    names = opened.class_names or [str(c) for c in range(classes)]
     outside = np.flatnonzero((label < 0) | (label >= len(names)))
     if len(outside):
         raise UserError(
@@ -127,7 +132,7 @@ def _open_parquet(config: Data) -> _Opened:
     taken: dict[bool, int] = {False: 0, True: 0}
     plan: list[tuple[pq.ParquetFile, Path, str, bool, int]] = []
     for file, (parquet, image_column) in zip(files, opened, strict=True):
-        test = file.name.startswith(("test", "val"))
+        test = _is_test_split(file.relative_to(root) if root.is_dir() else Path(file.name))
         rows = parquet.metadata.num_rows
         if config.limit is not None:
             rows = min(rows, config.limit - taken[test])
@@ -140,9 +145,17 @@ def _open_parquet(config: Data) -> _Opened:
     def samples() -> Iterator[_Sample]:
         for parquet, file, image_column, test, rows in plan:
             name = str(file.relative_to(root)) if root.is_dir() else file.name
-            yield from _read_file(parquet, name, image_column, config.label_column, test, rows)
+            try:
+                yield from _read_file(parquet, name, image_column, config.label_column, test, rows)
+            except (OSError, ValueError) as error:
+                raise UserError(f"data: {file}: cannot be read: {_first_line(error)}") from error
 
     return _Opened(total, samples(), _class_names(opened[0][0], config.label_column))
+
+
+def _is_test_split(file: Path) -> bool:
+    """`test-00000-of-00001.parquet`, `validation/0.parquet`: the publisher's word for the split."""
+    return any(re.match(r"(test|val|valid|validation)(?![a-z])", part) for part in file.parts)
 
 
 def _open_file(file: Path, config: Data) -> tuple[pq.ParquetFile, str]:
@@ -202,7 +215,13 @@ def _decode(image: object, sample_id: str) -> Image.Image:
         raise UserError(f"data: {sample_id}: the image column holds no bytes")
     try:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
         raise UserError(f"data: {sample_id}: cannot be decoded: {_first_line(error)}") from error
 
 
@@ -211,9 +230,10 @@ def _class_names(parquet: pq.ParquetFile, label_column: str) -> list[str] | None
     stored = (parquet.schema_arrow.metadata or {}).get(b"huggingface")
     if stored is None:
         return None
-    names = (
-        json.loads(stored).get("info", {}).get("features", {}).get(label_column, {}).get("names")
-    )
+    try:
+        names = json.loads(stored)["info"]["features"][label_column]["names"]
+    except (ValueError, LookupError, TypeError):
+        return None
     return [str(name) for name in names] if names else None
 
 

@@ -78,9 +78,10 @@ def auc(positives: Scores, negatives: Scores, *, confidence: float) -> Interval:
     limits = []
     if m > 1 and n > 1 and 0 < value < 1:
         variance = over_negatives.var(ddof=1) / m + over_positives.var(ddof=1) / n
-        half = z * math.sqrt(variance) / (value * (1 - value))
-        centre = math.log(value / (1 - value))
-        limits.append((_expit(centre - half), _expit(centre + half)))
+        if variance > 0:
+            half = z * math.sqrt(variance) / (value * (1 - value))
+            centre = math.log(value / (1 - value))
+            limits.append((_expit(centre - half), _expit(centre + half)))
     if not limits or not 0.02 <= value <= 0.98:
         limits.append(_newcombe(value, m, n, z))
     return Interval(value, min(low for low, _ in limits), max(high for _, high in limits))
@@ -173,9 +174,13 @@ def _newcombe(value: float, m: int, n: int, z: float) -> tuple[float, float]:
         return abs(value - theta) - z * math.sqrt(theta * (1 - theta) * spread / (m * n))
 
     edge = 1e-12
-    low = brentq(distance, edge, value - edge) if value > 2 * edge else 0.0
-    high = brentq(distance, value + edge, 1 - edge) if value < 1 - 2 * edge else 1.0
-    return float(low), float(high)
+    # Where the distance is not positive even at the edge, that edge is the limit.
+    low = high = None
+    if value > 2 * edge and distance(edge) > 0:
+        low = brentq(distance, edge, value - edge)
+    if value < 1 - 2 * edge and distance(1 - edge) > 0:
+        high = brentq(distance, value + edge, 1 - edge)
+    return float(low or 0.0), float(1.0 if high is None else high)
 
 
 def _expit(x: float) -> float:

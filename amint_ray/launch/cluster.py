@@ -57,21 +57,32 @@ def local_cores() -> int:
         return os.cpu_count() or 1
 
 
-def plan_workers(config: Cluster, *, cores: float, gpus: float) -> tuple[int, bool]:
+def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tuple[int, bool]:
     """How many workers, and whether each has a GPU.
 
+    Args:
+        config: what is asked for.
+        rows: of D in a global batch; every worker needs one.
+        cores: of the cluster.
+        gpus: of the cluster.
+
     Raises:
-        UserError: more are asked for than there is room.
+        UserError: more are asked for than there is room or work.
     """
     use_gpu = gpus >= 1
     room = int(gpus) if use_gpu else int(cores / config.cpus_per_worker)
-    wanted = config.workers or (room if use_gpu else min(2, max(1, room)))
+    wanted = config.workers or min(rows, room if use_gpu else min(2, max(1, room)))
     if wanted > room or wanted * config.cpus_per_worker > cores:
         raise UserError(
             f"cluster.workers = {wanted}: the cluster has {cores:g} cores and {gpus:g} GPUs, room "
             f"for {min(room, int(cores / config.cpus_per_worker))} workers of "
             f"{config.cpus_per_worker:g} cores{' and a GPU' if use_gpu else ''} "
             "(cluster.cpus_per_worker)"
+        )
+    if wanted > rows:
+        raise UserError(
+            f"cluster.workers = {wanted}: more workers than images of D in a step "
+            f"(train.batch_size = {rows}); ask for fewer workers or a larger batch"
         )
     return wanted, use_gpu
 

@@ -96,7 +96,10 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
             connect(address_of(config.cluster), verbose=verbose), clock, "ray", watcher
         ) as cluster:
             workers, use_gpu = plan_workers(
-                config.cluster, cores=cluster.get("CPU", 0), gpus=cluster.get("GPU", 0)
+                config.cluster,
+                rows=config.train.batch_size,
+                cores=cluster.get("CPU", 0),
+                gpus=cluster.get("GPU", 0),
             )
             checkpoint = _fit(prepared, workers, use_gpu, log, watcher, clock)
         with clock.phase("log"):
@@ -116,7 +119,12 @@ def prepare(config: Config, watcher: Watcher) -> Prepared:
     watcher.phase("checking the configuration")
     address = address_of(config.cluster)
     if address is None:
-        plan_workers(config.cluster, cores=local_cores(), gpus=torch.cuda.device_count())
+        plan_workers(
+            config.cluster,
+            rows=config.train.batch_size,
+            cores=local_cores(),
+            gpus=torch.cuda.device_count(),
+        )
     else:
         check_address(address)
     storage = writable_folder(config.storage.path, "storage.path")
@@ -272,14 +280,17 @@ class _InThread(threading.Thread):
 
 
 def _cause(error: BaseException) -> str:
-    """The line that says most: the first worker's own error, if it is one of theirs."""
+    """The line that says most: a worker's own error, or the controller's, without the traceback."""
     failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        inner = getattr(failure, "_base_exc", None) or failure.__cause__ or failure
-        lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-        return f"worker {rank}: {type(inner).__name__}: {lines[-1] if lines else ''}"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    controller = getattr(error, "controller_failure", None)
+    where, inner = "", error
+    if failures:
+        rank, inner = min(failures.items())
+        where, inner = f"worker {rank}: ", getattr(inner, "_base_exc", None) or inner
+    elif controller is not None:
+        where, inner = "Ray Train's controller: ", controller
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{where}{type(inner).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _reading(done: int, total: int) -> dict[str, Any]:

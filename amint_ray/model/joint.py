@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from amint_ray.config.schema import Config, Mint
@@ -30,6 +30,8 @@ class Architecture:
         mint: the head's configuration.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     backbone: str
     options: dict[str, Any]
     num_classes: int
@@ -40,7 +42,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json.dumps({**asdict(self), "mint": self.mint.model_dump(mode="json")}, indent=2)
+        return TypeAdapter(Architecture).dump_json(self, indent=2).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Architecture:
@@ -50,15 +52,10 @@ class Architecture:
             ValueError: a field is missing, unknown or of the wrong type.
         """
         try:
-            values = json.loads(text)
-            values["taps"] = tuple(
-                Tap(tap["name"], tuple(tap["shape"]), tap["layout"]) for tap in values["taps"]
-            )
-            values["input_shape"] = tuple(values["input_shape"])
-            values["mint"] = Mint.model_validate(values["mint"])
-            return cls(**values)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not an architecture of amint_ray: {error!r}") from error
+            return TypeAdapter(Architecture).validate_json(text)
+        except ValidationError as error:
+            faults = "; ".join(f"{list(e['loc'])} {e['msg']}" for e in error.errors())
+            raise ValueError(f"not an architecture of amint_ray: {faults}") from error
 
 
 def plan_architecture(config: Config, num_classes: int) -> Architecture:
@@ -111,6 +108,11 @@ class AuditedModel(nn.Module):
             self.head = create_head(architecture.mint, architecture.taps)
         self._taps = TapReader(self.backbone, [tap.name for tap in architecture.taps])
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory leaves undecayed: the backbone's own choice."""
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in names}
+
     def forward(
         self, images: torch.Tensor, *, n_task: int | None = None, mint: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,11 +127,9 @@ class AuditedModel(nn.Module):
         Returns:
             (n_task or n, num_classes) task logits and (n,) membership logits (None if not `mint`).
         """
-        self._taps.keep = n_task if self.architecture.early_exit else None
-        try:
+        # Without the head there is no E either, and the backbone runs as if nothing were hooked.
+        keep = n_task if mint and self.architecture.early_exit else None
+        with self._taps.reading(keep) as activations:
             logits = self.backbone(images)
-        finally:
-            self._taps.keep = None
-        activations = self._taps.take()
         membership = self.head(activations) if mint else None
         return logits[:n_task], membership

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,29 +32,47 @@ class Tap:
 
 
 class TapReader:
-    """Forward hooks on the tapped modules.
-
-    While a forward pass runs, `keep` says how many leading rows go on behind the last tap; the head
-    still gets all of them. Outside a pass it is None and the hooks change nothing. What was read is
-    handed over once by `take` and not kept.
-    """
+    """Forward hooks on the tapped modules; outside `reading` they change and keep nothing."""
 
     def __init__(self, backbone: nn.Module, names: Sequence[str]) -> None:
-        self.keep: int | None = None
+        self._keep: int | None = None
         self._names = tuple(names)
         self._read: dict[str, torch.Tensor] = {}
-        for name in self._names:
-            module = backbone.get_submodule(name)
-            module.register_forward_hook(_Hook(self, name, last=name == self._names[-1]))
+        self._handles = [
+            backbone.get_submodule(name).register_forward_hook(
+                _Hook(self, name, last=name == self._names[-1])
+            )
+            for name in self._names
+        ]
 
-    def record(self, name: str, output: torch.Tensor) -> None:
-        """Called by the hooks."""
+    @contextlib.contextmanager
+    def reading(self, keep: int | None) -> Iterator[list[torch.Tensor]]:
+        """Read the taps of the forward pass that runs within.
+
+        Args:
+            keep: how many leading rows go on behind the last tap; None: all. The head still gets
+                every row.
+
+        Yields:
+            A list that is filled with the activations, in the order of the names, at the end.
+        """
+        activations: list[torch.Tensor] = []
+        self._keep = keep
+        try:
+            yield activations
+            activations.extend(self._read[name] for name in self._names)
+        finally:
+            self._keep, self._read = None, {}
+
+    def pass_on(self, name: str, output: torch.Tensor, *, last: bool) -> torch.Tensor | None:
+        """Called by the hooks: keep the output, and say what goes on instead of it."""
         self._read[name] = output
+        return output[: self._keep] if last and self._keep is not None else None
 
-    def take(self) -> list[torch.Tensor]:
-        """The activations of the pass that just ended, in the order of the names."""
-        read, self._read = self._read, {}
-        return [read[name] for name in self._names]
+    def remove(self) -> None:
+        """Take the hooks off the backbone."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class _Hook:
@@ -63,10 +82,7 @@ class _Hook:
         self._reader, self._name, self._last = reader, name, last
 
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        self._reader.record(self._name, output)
-        if self._last and self._reader.keep is not None:
-            return output[: self._reader.keep]
-        return None
+        return self._reader.pass_on(self._name, output, last=self._last)
 
 
 def probe_taps(
@@ -87,7 +103,6 @@ def probe_taps(
         UserError: no such module, one that is not run or run twice, an output that is not one
             tensor of features, or an input size that the backbone does not take.
     """
-    seen: list[tuple[str, Any]] = []
     known = [name for name, _ in backbone.named_modules() if name]
     for name in names:
         if name not in known:
@@ -97,45 +112,71 @@ def probe_taps(
                 f"mint.taps = [{', '.join(names)}]: the backbone has no module {name!r}; "
                 f"{'near names' if near else 'its modules begin with'}: {', '.join(choice)}"
             )
-    handles = [
-        backbone.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: seen.append((name, output))
-        )
-        for name in names
-    ]
-    # Three rows, of which two go on: one row would broadcast where shapes should have clashed.
-    rows, kept = 3, 2
     device = next(backbone.parameters()).device
-    images = torch.zeros(rows, *input_shape, device=device)
     was_training = backbone.training
     backbone.eval()
     try:
-        with torch.no_grad():
-            backbone(images)
-        taps = _describe(backbone, names, seen, rows)
-        for handle in handles:
-            handle.remove()
-        reader = TapReader(backbone, [tap.name for tap in taps])
-        reader.keep = kept
-        try:
-            with torch.no_grad():
-                early_exit = len(backbone(images)) == kept
-        except RuntimeError:
-            early_exit = False
-        return taps, early_exit
-    except (RuntimeError, AssertionError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"data.image_size = {input_shape[1]}: the backbone cannot take such images: {line}"
-        ) from error
+        images = torch.zeros(_ROWS, *input_shape, device=device)
+        taps = _describe(backbone, names, _outputs(backbone, names, images))
+        return taps, _allows_exit(backbone, taps, images)
     finally:
         backbone.train(was_training)
 
 
+# Of three rows two go on: one would broadcast where shapes should have clashed.
+_ROWS, _KEPT = 3, 2
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a tapped module gave, and how often it had been written to by then."""
+
+    name: str
+    value: Any
+    version: int
+
+
+def _outputs(backbone: nn.Module, names: Sequence[str], images: torch.Tensor) -> list[_Output]:
+    """Run the backbone and note what the named modules give, in order of execution."""
+    seen: list[_Output] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.append(
+            _Output(name, output, getattr(output, "_version", 0))
+        )
+
+    handles = [backbone.get_submodule(n).register_forward_hook(note(n)) for n in names]
+    try:
+        with torch.no_grad():
+            backbone(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data.image_size = {images.shape[-1]}: the backbone cannot take such images: {line}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _allows_exit(backbone: nn.Module, taps: Sequence[Tap], images: torch.Tensor) -> bool:
+    """Whether the rest of the backbone works on the rows that go on behind the last tap."""
+    reader = TapReader(backbone, [tap.name for tap in taps])
+    try:
+        with torch.no_grad(), reader.reading(_KEPT):
+            return len(backbone(images)) == _KEPT
+    except RuntimeError:
+        return False
+    finally:
+        reader.remove()
+
+
 def _describe(
-    backbone: nn.Module, names: Sequence[str], seen: list[tuple[str, Any]], rows: int
+    backbone: nn.Module, names: Sequence[str], outputs: Sequence[_Output]
 ) -> tuple[Tap, ...]:
-    order = [name for name, _ in seen]
+    """The taps in order of execution, or what is wrong with one of them."""
+    order = [output.name for output in outputs]
     for name in names:
         if order.count(name) != 1:
             raise UserError(
@@ -143,14 +184,21 @@ def _describe(
                 "a tap must run exactly once"
             )
     taps = []
-    for name, output in seen:
-        if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4) or len(output) != rows:
-            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    for output in outputs:
+        value = output.value
+        if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4) or len(value) != _ROWS:
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(
-                f"mint.taps: module {name!r} gives {got} for {rows} images; a tap must give "
-                "feature maps (4 dimensions) or tokens (3 dimensions)"
+                f"mint.taps: module {output.name!r} gives {got} for {_ROWS} images; a tap must "
+                "give feature maps (4 dimensions) or tokens (3 dimensions)"
             )
-        taps.append(Tap(name, tuple(output.shape[1:]), _layout(backbone, output)))
+        if value._version != output.version:
+            # The head would see D's rows after the overwriting and E's, which left, before it.
+            raise UserError(
+                f"mint.taps: what module {output.name!r} gives is overwritten in place by a later "
+                "module; tap that one, or the block around both"
+            )
+        taps.append(Tap(output.name, tuple(value.shape[1:]), _layout(backbone, value)))
     return tuple(taps)
 
 

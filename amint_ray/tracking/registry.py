@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +29,26 @@ if TYPE_CHECKING:
 FLAVOR = "amint_ray"
 WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
 ARCHITECTURE, PREPROCESSING = "architecture.json", "preprocessing.json"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become the backbone's input.
+
+    Attributes:
+        mean: subtracted from pixels in [0, 1].
+        std: what is left is divided by it.
+        class_names: one name a task logit.
+        resize: how images of another size were brought to the input size, in words.
+    """
+
+    mean: float
+    std: float
+    class_names: tuple[str, ...]
+    resize: str = "shorter side to the input size (bicubic), then the centre"
+
+
+_PREPROCESSING = TypeAdapter(Preprocessing)
 
 
 class Answer(NamedTuple):
@@ -46,22 +69,18 @@ class RegisteredModel:
 
     Attributes:
         model: the `AuditedModel`, in evaluation mode.
-        class_names: one name a task logit.
+        preprocessing: from pixels to the backbone's input, and what its classes are called.
         calibration: (m,) sorted scores of images that were not trained on.
     """
 
     def __init__(
         self,
         model: AuditedModel,
-        *,
-        mean: float,
-        std: float,
-        class_names: Sequence[str],
+        preprocessing: Preprocessing,
         calibration: npt.NDArray[np.float64],
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.mean, self.std = mean, std
-        self.class_names = list(class_names)
+        self.preprocessing = preprocessing
         self.calibration = calibration
 
     @torch.inference_mode()
@@ -92,7 +111,7 @@ class RegisteredModel:
                 )
         else:
             raise UserError(f"images are {batch.dtype}; give uint8 or floating point")
-        logits, membership = self.model((pixels - self.mean) / self.std)
+        logits, membership = self.model((pixels - self.preprocessing.mean) / self.preprocessing.std)
         return Answer(logits, membership)
 
     def p_values(self, membership_scores: torch.Tensor) -> npt.NDArray[np.float64]:
@@ -133,14 +152,8 @@ def save_model(
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(weights.read_bytes())
     (folder / ARCHITECTURE).write_text(architecture.to_json())
-    preprocessing = {
-        "scale": 255,
-        "mean": data.mean,
-        "std": data.std,
-        "resize": "shorter side to the input size (bicubic), then the centre",
-        "class_names": list(class_names),
-    }
-    (folder / PREPROCESSING).write_text(json.dumps(preprocessing, indent=2))
+    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names))
+    (folder / PREPROCESSING).write_bytes(_PREPROCESSING.dump_json(preprocessing, indent=2))
     scores = torch.from_numpy(np.sort(calibration))
     save_file({"membership_scores": scores}, folder / CALIBRATION)
     mlflow_model.signature = signature
@@ -164,8 +177,8 @@ def register(
     Returns:
         The new version's number.
     """
-    import sys
-
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
@@ -182,7 +195,6 @@ def register(
         artifact_path=None,
         name="model",
         flavor=sys.modules[__name__],
-        registered_model_name=name,
         run_id=run_id,
         signature=signature,
         weights=weights,
@@ -191,7 +203,13 @@ def register(
         class_names=class_names,
         calibration=calibration,
     )
-    return str(info.registered_model_version)
+    client = MlflowClient()
+    with contextlib.suppress(MlflowException):  # it exists; if not, the next call says why
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name, source=info.model_uri, run_id=run_id, model_id=info.model_id
+    )
+    return str(version.version)
 
 
 def load(uri: str) -> RegisteredModel:
@@ -228,18 +246,12 @@ def read_model(folder: Path) -> RegisteredModel:
     """
     try:
         architecture = Architecture.from_json((folder / ARCHITECTURE).read_text())
-        preprocessing = json.loads((folder / PREPROCESSING).read_text())
+        preprocessing = _PREPROCESSING.validate_json((folder / PREPROCESSING).read_text())
         model = AuditedModel(architecture)
         model.load_state_dict(load_file(folder / WEIGHTS))
         calibration = load_file(folder / CALIBRATION)["membership_scores"].numpy()
-        return RegisteredModel(
-            model,
-            mean=preprocessing["mean"],
-            std=preprocessing["std"],
-            class_names=preprocessing["class_names"],
-            calibration=calibration,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        return RegisteredModel(model, preprocessing, calibration)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: not a model that amint_ray registered: {line}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,9 +12,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import FileLock
 
 import amint_ray
 from amint_ray.config.load import fingerprint, to_yaml
@@ -72,12 +75,12 @@ class RunLog:
         # Before the import: a training run has no business telling a vendor about itself.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
-        from mlflow.exceptions import MlflowException
 
         mlflow.set_tracking_uri(uri)
-        self._client: MlflowClient = mlflow.MlflowClient(uri)
         try:
-            experiment = self._experiment(config.tracking.experiment)
+            with _alone_while_created(uri):
+                self._client: MlflowClient = mlflow.MlflowClient(uri)
+                experiment = self._experiment(config.tracking.experiment)
             run = self._client.create_run(
                 experiment,
                 run_name=run_name,
@@ -89,9 +92,9 @@ class RunLog:
                     **tags,
                 },
             )
-        except MlflowException as error:
+        except Exception as error:  # MLflow's own, SQLAlchemy's, the network's
             raise UserError(
-                f"tracking: MLflow at {_without_password(uri)} refuses the run: "
+                f"tracking: MLflow at {_without_password(uri)} takes no run: "
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
         self.run_id: str = run.info.run_id
@@ -153,6 +156,16 @@ class RunLog:
         self._client.log_batch(
             self.run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()]
         )
+
+
+@contextlib.contextmanager
+def _alone_while_created(uri: str) -> Iterator[None]:
+    """Two runs that both find no database would both make its tables, and one would fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    with FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120):
+        yield
 
 
 def environment() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from amint_ray.contracts import Role, RunContext, ScoreTable, Streams
 from amint_ray.evaluation.scores import concatenate, score, write_scores
 from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.train.objective import Objective
-from amint_ray.train.reduce import sum_over_ranks
+from amint_ray.train.reduce import share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
 
@@ -145,6 +145,7 @@ def _train_epoch(
             }
         )
     seconds = time.perf_counter() - started
+    share_buffers(state.model)
     entry = epoch_metrics(sums)
     if not all(
         math.isfinite(entry[name])

@@ -50,17 +50,15 @@ class Objective:
         kind = self._config.weighting
         if kind == "none":
             return torch.ones_like(losses)
-        if kind == "initial" and self._norms is not None:
-            return self._norms.to(losses.device)
-        now, ranks = sum_over_ranks(losses)
-        now = now / ranks
-        if self._norms is None:
-            self._norms = now
-        else:
-            beta = self._config.ema_decay
-            self._norms = beta * self._norms.to(losses.device) + (1 - beta) * now
+        if self._norms is None or kind == "ema":
+            now, ranks = sum_over_ranks(losses)
+            now = now / ranks
+            beta = 0.0 if self._norms is None else self._config.ema_decay
+            before = now if self._norms is None else self._norms.to(losses.device)
+            self._norms = beta * before + (1 - beta) * now
+        norms = self._norms.to(losses.device)
         # A loss that is exactly zero has nothing to be divided by.
-        return self._norms.clamp_min(torch.finfo(losses.dtype).tiny)
+        return torch.where(norms > 0, norms, torch.ones_like(norms))
 
     def state_dict(self) -> dict[str, list[float] | None]:
         """The normalisers as plain numbers."""

@@ -1,9 +1,9 @@
-"""Sums over the workers. A mean is a sum of numerators and of denominators, divided once."""
+"""Between the workers. A mean is a sum of numerators and of denominators, divided once."""
 
 from __future__ import annotations
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 
 def sum_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -13,3 +13,14 @@ def sum_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
     total = values.clone()
     distributed.all_reduce(total)
     return total, distributed.get_world_size()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers.
+
+    BatchNorm's running statistics differ between ranks after each step; DDP evens them out only
+    before the next. What is scored, and what is stored, must be one model.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)

@@ -58,7 +58,7 @@ def forward(
         mint_sum = F.binary_cross_entropy_with_logits(
             membership[told], batch.membership[told].to(membership.dtype), reduction="sum"
         )
-        mint_loss = mint_sum / max(batch.told_per_worker, 1.0)
+        mint_loss = mint_sum / (batch.told_per_worker or 1.0)
     loss = objective(task_loss, mint_loss)
     sums = torch.stack(
         [

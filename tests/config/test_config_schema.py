@@ -1,0 +1,111 @@
+"""The schema: documented, frozen, and a fingerprint over all that changes the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from amint_ray.config import reference
+from amint_ray.config.load import fingerprint, load_config
+from amint_ray.config.schema import Config
+
+LEFT_OUT = ("cluster", "storage", "tracking")
+
+
+def sections(model: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section with its dotted path, the root first."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from sections(field.annotation, f"{path}.{name}".lstrip("."))
+
+
+def fields() -> list[str]:
+    """Dotted paths of all keys that hold a value."""
+    inner = {path for path, _ in sections()}
+    return [
+        key
+        for path, section in sections()
+        for name in section.model_fields
+        if (key := f"{path}.{name}".lstrip(".")) not in inner
+    ]
+
+
+def altered(model: BaseModel, path: str) -> Any:
+    """A copy with another value of the right type at `path`."""
+    head, _, rest = path.partition(".")
+    value = getattr(model, head)
+    annotation: Any = type(model).model_fields[head].annotation
+    new: Any
+    if rest:
+        new = altered(value, rest)
+    elif get_origin(annotation) is Literal:
+        new = next(v for v in get_args(annotation) if v != value)
+    elif value is None:
+        new = "something" if str in get_args(annotation) else 5
+    elif isinstance(value, bool):
+        new = not value
+    elif isinstance(value, int | float):
+        new = value + 1
+    elif isinstance(value, str):
+        new = value + "x"
+    elif isinstance(value, tuple):
+        new = value + value[:1]
+    else:
+        new = {**value, "something": 1}
+    return model.model_copy(update={head: new})
+
+
+def test_the_walk_over_the_schema_finds_keys_of_all_depths() -> None:
+    assert {"name", "train.lr", "data.shares.external", "tracking.experiment"} <= set(fields())
+    assert len(fields()) > 40
+
+
+@pytest.mark.parametrize("path", fields())
+def test_fingerprint_changes_with_all_but_the_place_of_the_run(path: str) -> None:
+    config = Config()
+    other = altered(config, path)
+    assert other != config
+    same = fingerprint(other) == fingerprint(config)
+    assert same == path.startswith(LEFT_OUT)
+
+
+def test_fingerprint_is_of_values_however_they_were_given() -> None:
+    config = load_config("digits")
+    plain = fingerprint(config)
+    same = [f"train.epochs={config.train.epochs}", f"loss.lambda_mint={config.loss.lambda_mint:g}"]
+    assert fingerprint(load_config("digits", same)) == plain
+    assert len(plain) == 16
+    assert int(plain, 16) >= 0
+
+
+def test_every_key_is_documented() -> None:
+    inner = {path for path, _ in sections()}
+    for path, section in sections():
+        assert (section.__doc__ or "").strip(), f"section {path} has no docstring"
+        for name, field in section.model_fields.items():
+            key = f"{path}.{name}".lstrip(".")
+            assert key in inner or (field.description or "").strip(), f"{key} has no docstring"
+
+
+def test_written_reference_is_up_to_date_and_complete() -> None:
+    page = reference.reference()
+    for key in fields():
+        assert f"| `{key}` |" in page
+    stored = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+    assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
+
+
+def test_config_is_frozen() -> None:
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.train.lr = 0.5  # type: ignore[misc]
+
+
+def test_registered_model_name() -> None:
+    assert load_config("cifar10_resnet50").registered_model == "amint-cifar10-resnet50"
+    assert load_config("digits", ["tracking.model_name=mine"]).registered_model == "mine"

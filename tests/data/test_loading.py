@@ -1,0 +1,223 @@
+"""Batches: the same global batch on any number of workers, told and counted as the loss needs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from amint_ray.config.schema import Config
+from amint_ray.contracts import Batch, Role, UserError
+from amint_ray.data.loading import MemoryStreams, check_roles
+from amint_ray.data.roles import Manifest
+from amint_ray.data.transforms import to_model_input
+
+SIZES = {"member": 41, "withheld": 9, "external": 23, "calibration": 12, "test": 15}
+N = sum(SIZES.values())
+MEAN, STD = 0.25, 0.5
+WORLDS = (1, 2, 3, 4)  # a batch of 6 cannot be dealt evenly to 4
+
+
+def make_manifest(**sizes: int) -> Manifest:
+    roles = np.repeat(list(sizes), list(sizes.values()))
+    n = len(roles)
+    order = np.random.default_rng(0).permutation(n)
+    return Manifest(
+        sample_id=np.array([f"s{i}" for i in range(n)], dtype=np.str_),
+        content=np.array([f"c{i}" for i in range(n)], dtype=np.str_),
+        label=(np.arange(n) * 7 % 10).astype(np.int64),
+        role=roles[order].astype(np.str_),
+    )
+
+
+MANIFEST = make_manifest(**SIZES)
+# Each image says which one it is.
+IMAGES = np.zeros((N, 1, 4, 4), dtype=np.uint8)
+IMAGES[:, 0, 1, 2] = np.arange(N)
+
+
+def make_config(**train: Any) -> Config:
+    mint = train.pop("lambda_mint", 1.0)
+    values = {
+        "data": {"image_size": 4, "channels": 1, "mean": MEAN, "std": STD},
+        "train": {"batch_size": 6, "external_ratio": 1.5, "seed": 3} | train,
+        "evaluation": {"batch_size": 7},
+        "loss": {"lambda_mint": mint},
+    }
+    return Config.model_validate(values)
+
+
+def streams(config: Config, rank: int = 0, world: int = 1) -> MemoryStreams:
+    return MemoryStreams(IMAGES, MANIFEST, config, rank=rank, world_size=world)
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    """Which images these are."""
+    return [round((x * STD + MEAN) * 255) for x in images[:, 0, 1, 2].tolist()]
+
+
+def epoch_ids(config: Config, epoch: int) -> tuple[list[int], list[int]]:
+    """Positions of D and of E in the order in which one epoch shows them."""
+    d: list[int] = []
+    e: list[int] = []
+    for batch in streams(config).train_batches(epoch):
+        ids = numbers(batch.images)
+        d += ids[: batch.n_task]
+        e += ids[batch.n_task :]
+    return d, e
+
+
+def having(*roles: str) -> set[int]:
+    return set(np.flatnonzero(np.isin(MANIFEST.role, roles)).tolist())
+
+
+def rows(batches: Sequence[Batch]) -> Counter[tuple[int, float, bool, int | None]]:
+    """The rows of one global batch, whichever rank has them."""
+    found: Counter[tuple[int, float, bool, int | None]] = Counter()
+    for batch in batches:
+        labels = [*batch.labels.tolist(), *[None] * (len(batch.images) - batch.n_task)]
+        found.update(
+            zip(
+                numbers(batch.images),
+                batch.membership.tolist(),
+                batch.told.tolist(),
+                labels,
+                strict=True,
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("lambda_mint", [0.0, 1.0])
+@pytest.mark.parametrize("ratio", [0.5, 1.5, 5.0])
+def test_global_batch_is_the_same_on_any_number_of_workers(
+    ratio: float, lambda_mint: float
+) -> None:
+    config = make_config(external_ratio=ratio, lambda_mint=lambda_mint)
+    for epoch in (0, 3):
+        alone = list(streams(config).train_batches(epoch))
+        assert len(alone) == streams(config).steps_per_epoch == 50 // 6
+        for world in WORLDS:
+            ranks = [list(streams(config, r, world).train_batches(epoch)) for r in range(world)]
+            for step, together in enumerate(zip(*ranks, strict=True)):
+                assert rows(together) == rows([alone[step]])
+                for batch in together:
+                    assert batch.n_task in (6 // world, math.ceil(6 / world))
+                    assert batch.task_per_worker == 6 / world
+                    assert batch.told_per_worker * world == pytest.approx(
+                        sum(int(b.told.sum()) for b in together)
+                    )
+
+
+def test_rows_of_a_batch_say_who_they_are() -> None:
+    for batch in streams(make_config()).train_batches(0):
+        ids = numbers(batch.images)
+        assert batch.images.dtype == batch.membership.dtype == torch.float32
+        assert batch.n_task == 6
+        assert len(ids) == 6 + 9
+        assert batch.labels.tolist() == MANIFEST.label[ids[:6]].tolist()
+        assert batch.membership.tolist() == [1.0] * 6 + [0.0] * 9
+        assert batch.told.tolist() == [MANIFEST.role[i] != "withheld" for i in ids]
+        assert set(ids[:6]) <= having("member", "withheld")
+        assert set(ids[6:]) <= having("external")
+
+
+def test_an_epoch_shows_each_of_d_at_most_once_and_drops_others_next_time() -> None:
+    config = make_config()
+    shown = [epoch_ids(config, epoch)[0] for epoch in range(6)]
+    for ids in shown:
+        assert len(set(ids)) == len(ids) == 48
+    assert set().union(*shown) == having("member", "withheld")
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5, 5.0])
+def test_e_is_seen_in_full_before_any_is_seen_again(ratio: float) -> None:
+    config = make_config(external_ratio=ratio)
+    chain = [i for epoch in range(6) for i in epoch_ids(config, epoch)[1]]
+    rounds = [chain[i : i + 23] for i in range(0, len(chain) - 22, 23)]
+    assert len(rounds) >= 6
+    for one in rounds:
+        assert set(one) == having("external")
+    assert len({tuple(one) for one in rounds}) == len(rounds)
+
+
+def test_without_mint_there_is_no_e_and_the_same_d() -> None:
+    plain, joint = make_config(lambda_mint=0.0), make_config(lambda_mint=1.0)
+    assert epoch_ids(plain, 2) == (epoch_ids(joint, 2)[0], [])
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    config = make_config()
+    used = streams(config)
+    for epoch in range(3):
+        list(used.train_batches(epoch))
+    again = [i for batch in used.train_batches(2) for i in numbers(batch.images)]
+    fresh = [i for batch in streams(config).train_batches(2) for i in numbers(batch.images)]
+    assert again == fresh
+    for part in (0, 1):  # D, E
+        orders = {
+            tuple(epoch_ids(make_config(seed=seed), epoch)[part])
+            for seed in (3, 4)
+            for epoch in (0, 1)
+        }
+        assert len(orders) == 4
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_scoring_covers_each_sample_once(world: int) -> None:
+    for roles in (list(Role), [Role.TEST, Role.WITHHELD], [Role.CALIBRATION]):
+        seen: list[str] = []
+        for rank in range(world):
+            for batch in streams(make_config(), rank, world).score_batches(roles):
+                ids = numbers(batch.images)
+                assert len(ids) <= 7
+                assert batch.sample_id.tolist() == [f"s{i}" for i in ids]
+                assert batch.role.tolist() == MANIFEST.role[ids].tolist()
+                assert batch.labels.tolist() == MANIFEST.label[ids].tolist()
+                seen += batch.sample_id.tolist()
+        assert sorted(seen) == sorted(f"s{i}" for i in having(*(r.value for r in roles)))
+
+
+def test_training_and_scoring_see_the_same_pixels() -> None:
+    """Else the transform, not the membership, would be what the head finds."""
+    images = np.random.default_rng(0).integers(0, 256, (N, 1, 4, 4), dtype=np.uint8)
+    images[:, 0, 1, 2] = np.arange(N)
+    both = MemoryStreams(images, MANIFEST, make_config(), rank=0, world_size=1)
+    expected = torch.from_numpy((images.astype(np.float64) / 255 - MEAN) / STD).float()
+    for batch in [*both.train_batches(0), *both.score_batches(list(Role))]:
+        torch.testing.assert_close(batch.images, expected[numbers(batch.images)])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.1307, 0.3081), (0.0, 1.0)])
+def test_transform_is_the_equation(mean: float, std: float) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
+    config = make_config().data.model_copy(update={"mean": mean, "std": std})
+    got = to_model_input(pixels, config)
+    expected = (np.arange(256).reshape(4, 1, 8, 8) / 255 - mean) / std
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert pixels.flatten().tolist() == list(range(256))  # left as it was
+
+
+@pytest.mark.parametrize("role", ["member", "external", "calibration", "test"])
+def test_an_empty_role_is_refused_by_name(role: str) -> None:
+    manifest = make_manifest(**(SIZES | {role: 0}))
+    with pytest.raises(UserError, match=f"data.shares.{role}") as caught:
+        check_roles(manifest, make_config())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_set_without_withheld_or_without_need_of_e_is_good() -> None:
+    check_roles(make_manifest(**(SIZES | {"withheld": 0})), make_config())
+    check_roles(make_manifest(**(SIZES | {"external": 0})), make_config(lambda_mint=0.0))
+
+
+def test_d_must_fill_one_batch() -> None:
+    check_roles(MANIFEST, make_config(batch_size=50))
+    with pytest.raises(UserError, match=r"50 images.*train\.batch_size = 51"):
+        check_roles(MANIFEST, make_config(batch_size=51))
