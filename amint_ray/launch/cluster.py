@@ -21,9 +21,6 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
-# Workers that Ray starts ahead of time are not the ones that Ray Train will use (those have a
-# runtime environment of their own); on two cores they only take time from them.
-_LOCAL_SETTINGS = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
 
 
 def address_of(config: Cluster) -> str | None:
@@ -126,7 +123,6 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]
                     address="local",
                     num_cpus=local_cores(),
                     include_dashboard=False,
-                    _system_config=_LOCAL_SETTINGS,
                     **options,
                 )
             else:
