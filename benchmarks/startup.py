@@ -19,7 +19,7 @@ from benchmarks.runs import amint_train
 _RAY_DEFAULTS = """
 import os, sys
 import amint_ray.launch.cluster as cluster
-cluster._TRAIN_SETTINGS.clear()
+cluster._OWN_CLUSTER.clear()
 from amint_ray.cli import main
 sys.exit(main())
 """

@@ -14,9 +14,10 @@ from amint_ray.config.schema import Cluster
 from amint_ray.contracts import UserError
 
 _SECONDS_TO_ANSWER = 5.0
-# Ray copies these from the driver to the controller and the workers. Ray Train looks after its
-# workers every 2 s by default, and each report and the end of a run wait for the next look.
-_TRAIN_SETTINGS = {
+# For a cluster of our own, whose only job is ours: Ray Train looks after its workers every 2 s by
+# default, and each report and the end of a run wait for the next look; nobody preempts a worker or
+# reads metrics from a dashboard. Ray copies these to the controller and the workers.
+_OWN_CLUSTER = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -109,8 +110,9 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]
     """
     import ray
 
-    for name, value in _TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    if address is None:
+        for name, value in _OWN_CLUSTER.items():
+            os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.train", "ray.data"):
