@@ -67,7 +67,7 @@ class PlainDisplay:
         self._console = console
         self._last = 0.0
         self._steps = _StepRate()
-        self._rate: float | None = None
+        self._pace = ""
 
     def phase(self, text: str) -> None:
         """One line a phase."""
@@ -76,21 +76,16 @@ class PlainDisplay:
     def event(self, event: Mapping[str, Any]) -> None:
         """One line now and then."""
         if event["phase"] == "train":
-            self._rate = self._steps.update(event["step"])
-            self._total, self._step = event["steps"], event["step"]
-            self._epochs = event["epochs"]
+            if rate := self._steps.update(event["step"]):
+                left = (event["steps"] - event["step"]) / rate
+                self._pace = f"  {rate:.1f} steps/s  {left:.0f} s left"
         elif event["phase"] == "evaluate":
             self._print("scoring every sample")
         elif event["phase"] == "epoch":
             now = time.monotonic()
-            if now - self._last < _SECONDS_BETWEEN_LINES:
-                return
-            self._last = now
-            parts = [f"epoch {event['epoch']:g}", losses(event)]
-            if self._rate:
-                left = (self._total - self._step) / self._rate
-                parts += [f"{self._rate:.1f} steps/s", f"{left:.0f} s left"]
-            self._print("  ".join(parts))
+            if now - self._last >= _SECONDS_BETWEEN_LINES:
+                self._last = now
+                self._print(f"epoch {event['epoch']:g}  {losses(event)}{self._pace}")
 
     def close(self) -> None:
         """Nothing to take away."""

@@ -115,7 +115,6 @@ def _schedule(optimizer: torch.optim.Optimizer, config: Train, steps: int) -> LR
 def _parallel(model: nn.Module, context: RunContext) -> nn.Module:
     if context.world_size == 1:
         return model
-
     return DistributedDataParallel(
         model, device_ids=[context.device] if context.device.type == "cuda" else None
     )

@@ -54,9 +54,12 @@ def forward(
     task_loss = task_sum / batch.task_per_worker
     mint_loss, mint_sum = None, task_sum.new_zeros(())
     if membership is not None:
-        told = batch.told
+        # Weights, not indexing: picking rows by a mask would make the host wait for a GPU.
         mint_sum = F.binary_cross_entropy_with_logits(
-            membership[told], batch.membership[told].to(membership.dtype), reduction="sum"
+            membership,
+            batch.membership.to(membership.dtype),
+            weight=batch.told.to(membership.dtype),
+            reduction="sum",
         )
         mint_loss = mint_sum / (batch.told_per_worker or 1.0)
     loss = objective(task_loss, mint_loss)
