@@ -118,28 +118,40 @@ def _seconds_since_process_start() -> float:
 
 
 class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM; not an Exception, so that only clean-up code sees it pass."""
+    """A signal to stop; not an Exception, so that only clean-up code sees it pass."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _on_signal(signum: int, frame: FrameType | None) -> None:
-    # Once is enough: an impatient second Ctrl-C must not leave Ray's processes behind.
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, lambda *_: None)
-    print("amint: stopping Ray and closing the run", file=sys.stderr)
+    # An impatient second Ctrl-C must not leave Ray's processes behind; a third means it.
+    for other in _STOPPING:
+        signal.signal(other, _on_second_signal)
+    # Not print: the signal may have come in the middle of one.
+    os.write(2, b"amint: stopping Ray and closing the run\n")
     raise _Stopped(signum)
+
+
+def _on_second_signal(signum: int, frame: FrameType | None) -> None:
+    os.write(
+        2, b"amint: still stopping; once more ends it at once and may leave processes behind\n"
+    )
+    for other in _STOPPING:
+        signal.signal(other, signal.SIG_DFL)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 where a run failed; 2 for a mistake of the user's; 130 and 143 for Ctrl-C and SIGTERM.
+        0; 1 where a run failed; 2 for a mistake of the user's; 128 + n for signal n.
     """
     # SIGINT too: a shell script that starts us with & has it ignored, and Python would leave it so.
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in _STOPPING:
         signal.signal(signum, _on_signal)
     arguments = sys.argv[1:] if argv is None else argv
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +28,11 @@ class RunError(Exception):
 
     The command line prints the text and exits with code 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's text cut to one line; its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Role(StrEnum):
@@ -148,6 +154,19 @@ class ScoreTable:
         return ScoreTable(**{name: column[keep] for name, column in vars(self).items()})
 
 
+class Watcher(Protocol):
+    """Whoever follows a run on a screen."""
+
+    def phase(self, text: str) -> None:
+        """The run begins something new."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """News from the training loop, as `RunContext.progress` got them."""
+
+    def notice(self, text: str) -> None:
+        """Something to be read, whatever is shown next."""
+
+
 class RunContext(Protocol):
     """All that the training loop knows of the world it runs in.
 
@@ -170,5 +189,5 @@ class RunContext(Protocol):
             write_checkpoint: called on rank 0 with an empty folder.
         """
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest committed checkpoint of this run as a local folder, or None."""
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The newest committed checkpoint of this run as a local folder, while entered, or None."""

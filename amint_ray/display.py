@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +56,10 @@ class LiveDisplay:
         elif event["phase"] == "evaluate":
             self.phase("scoring every sample")
 
+    def notice(self, text: str) -> None:
+        """A line above the bar that stays."""
+        self._progress.console.print(f"amint: {text}", markup=False, highlight=False)
+
     def close(self) -> None:
         """Take the bar away."""
         self._progress.stop()
@@ -65,7 +70,7 @@ class PlainDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last = 0.0
+        self._last = -math.inf
         self._steps = _StepRate()
         self._pace = ""
 
@@ -86,6 +91,10 @@ class PlainDisplay:
             if now - self._last >= _SECONDS_BETWEEN_LINES:
                 self._last = now
                 self._print(f"epoch {event['epoch']:g}  {losses(event)}{self._pace}")
+
+    def notice(self, text: str) -> None:
+        """One line."""
+        self._print(text)
 
     def close(self) -> None:
         """Nothing to take away."""
@@ -152,15 +161,9 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
         interval(loss["withheld"]["auc"]),
     )
     console.print(table)
-    accuracy = interval(document["task"]["accuracy"])
-    confidence = f"{document['confidence']:.0%}"
-    console.print(f"task accuracy on test   {accuracy}", highlight=False)
-    console.print(
-        f"[brackets]              {confidence} intervals; one training seed",
-        highlight=False,
-        markup=False,
-    )
     lines = {
+        "task accuracy on test": interval(document["task"]["accuracy"]),
+        "[…, …]": f"{document['confidence']:.0%} intervals given the threshold; one training seed",
         "MLflow run": f"{document['run_id']}  ({document['tracking_uri']})",
         "registered model": document["model_uri"],
         "load it": f"python -c 'import amint_ray; model = {document['load']}'",

@@ -19,8 +19,8 @@ def writable_folder(path: str | Path, key: str) -> Path:
         UserError: it cannot be made or written to.
     """
     folder = Path(path).expanduser().absolute()
-    standing = next(p for p in (folder, *folder.parents) if p.exists())
     try:
+        standing = next(p for p in (folder, *folder.parents) if p.exists())
         with tempfile.TemporaryDirectory(dir=standing):
             pass
     except OSError as error:

@@ -28,7 +28,8 @@ def amint_train(
         program: what to run; by default the command's entry point.
     """
     with tempfile.TemporaryDirectory(prefix="amint-benchmark-") as folder:
-        clean = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+        elsewhere = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+        clean = {k: v for k, v in os.environ.items() if k not in elsewhere}
         done = subprocess.run(
             [sys.executable, "-c", program, "train", *arguments, "--json"],
             cwd=folder,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 
 
 def recipe_names() -> list[str]:
@@ -43,7 +43,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     try:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_first_line(error)}") from error
+        raise UserError(f"config: {first_line(error)}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -60,19 +60,20 @@ def to_yaml(config: Config) -> str:
 def fingerprint(config: Config) -> str:
     """16 hex digits over everything that can change the trained model or its figures.
 
-    Where the run is computed and recorded (`cluster`, `storage`, `tracking`) is left out.
+    Where the data lie and where the run is computed and recorded is left out.
     """
-    values = config.model_dump(mode="json", exclude={"cluster", "storage", "tracking"})
+    elsewhere = {"cluster": True, "storage": True, "tracking": True}
+    values = config.model_dump(mode="json", exclude={**elsewhere, "data": {"path", "memory_gib"}})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_yaml(recipe: str) -> DictConfig:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or "/" in recipe:
-        if not path.is_file():
-            raise UserError(f"config: there is no file {recipe!r}")
         where = recipe
         try:
+            if not path.is_file():
+                raise UserError(f"config: there is no file {recipe!r}")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"config: {recipe}: cannot be read as text: {error}") from error
@@ -94,7 +95,7 @@ def _read_yaml(recipe: str) -> DictConfig:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"config: {where}{place}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"config: {where}: not valid YAML: {_first_line(error)}") from error
+        raise UserError(f"config: {where}: not valid YAML: {first_line(error)}") from error
     assert isinstance(tree, DictConfig)
     if path.suffix in (".yaml", ".yml") and "name" not in tree:
         tree["name"] = path.stem
@@ -108,7 +109,7 @@ def _merge(tree: DictConfig, override: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"config: override {override!r}: {_first_line(error)}") from error
+        raise UserError(f"config: override {override!r}: {first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -179,7 +180,3 @@ def _all_keys(prefix: tuple[str, ...] = ()) -> list[str]:
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,6 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+RESERVED_OPTIONS = {
+    *("num_classes", "in_chans", "pretrained", "features_only", "scriptable", "exportable"),
+    *("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "no_jit"),
+}
+"""What `model.options` must not hold: what amint_ray sets itself, what would read or fetch a file
+(a registered model must not depend on one), and what makes something else than a classifier."""
+
 
 class Section(BaseModel):
     """What all sections have in common: unknown keys and lax types are refused."""
@@ -24,7 +31,7 @@ class Section(BaseModel):
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-# YAML has lists only; a tuple keeps the frozen config hashable and safe to share.
+# YAML has lists only; a tuple cannot be changed behind the frozen config's back.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -60,7 +67,8 @@ class Data(Section):
     hub's layout (an image column of `{bytes, path}`, a label column)."""
     path: str | None = None
     """Folder or file of a `parquet` source. Files named `test…` or `validation…`, or in a
-    folder of that name, are the official test split: all of it gets the role `test`."""
+    folder of that name, are the official test split: all of it gets the role `test`. A test file
+    without labels (all −1) is left out."""
     image_column: str | None = None
     """Image column of a `parquet` source; by default the only column that holds images."""
     label_column: str = "label"
@@ -77,7 +85,8 @@ class Data(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first so many images of each official split; all of them by default."""
     memory_gib: Annotated[float, Field(gt=0)] = 8.0
-    """Decoded images are held in memory as bytes; a set that needs more than this is refused."""
+    """Decoded images are held in memory as bytes; a set that needs more than this is refused. While
+    they are handed to Ray, twice as much is taken for a moment."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Keys the hash that gives each image its role. No secret: it only makes another split."""
     shares: Shares = Shares()
@@ -107,9 +116,8 @@ class Model(Section):
     @field_validator("options")
     @classmethod
     def _no_reserved(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for key in ("num_classes", "in_chans", "pretrained"):
-            if key in options:
-                raise ValueError(f"{key!r} is set by amint_ray itself; leave it out")
+        for key in RESERVED_OPTIONS & options.keys():
+            raise ValueError(f"{key!r} is not a user's to set; leave it out")
         return options
 
 

@@ -80,12 +80,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digits over all rows, whatever their order: the sum of the rows' SHA-256 mod 2²⁵⁶."""
-        total = 0
+        """Hex digits over all rows, whatever their order: SHA-256 of the rows' sorted SHA-256."""
         columns = (c.tolist() for c in (self.sample_id, self.content, self.label, self.role))
-        for row in zip(*columns, strict=True):
-            total += int.from_bytes(hashlib.sha256(repr(row).encode()).digest(), "little")
-        return f"{total % 2**256:064x}"
+        rows = (hashlib.sha256(repr(row).encode()).digest() for row in zip(*columns, strict=True))
+        return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
 
     def write(self, path: Path) -> None:
         """Store as Parquet, the fingerprint in the schema's metadata."""

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from amint_ray.config.schema import Data
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 from amint_ray.data.roles import content_hash
 
 # A larger label is a mistake (an identifier, a hash), not one of that many classes.
@@ -122,10 +124,13 @@ def _open_digits(config: Data) -> _Opened:
 
 def _open_parquet(config: Data) -> _Opened:
     assert config.path is not None
-    root = Path(config.path)
-    if not root.exists():
-        raise UserError(f"data: data.path={config.path}: there is no such file or folder")
-    files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    root = Path(config.path).expanduser()
+    try:
+        if not root.exists():
+            raise UserError(f"data: data.path={config.path}: there is no such file or folder")
+        files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
+    except OSError as error:
+        raise UserError(f"data: data.path={config.path}: {error.strerror}") from error
     if not files:
         raise UserError(f"data: data.path={config.path}: holds no *.parquet file")
     opened = [_open_file(file, config) for file in files]
@@ -133,7 +138,7 @@ def _open_parquet(config: Data) -> _Opened:
     plan: list[tuple[pq.ParquetFile, Path, str, bool, int]] = []
     for file, (parquet, image_column) in zip(files, opened, strict=True):
         test = _is_test_split(file.relative_to(root) if root.is_dir() else Path(file.name))
-        rows = parquet.metadata.num_rows
+        rows = _check_labels(parquet, file, config.label_column, test=test)
         if config.limit is not None:
             rows = min(rows, config.limit - taken[test])
         taken[test] += rows
@@ -148,21 +153,22 @@ def _open_parquet(config: Data) -> _Opened:
             try:
                 yield from _read_file(parquet, name, image_column, config.label_column, test, rows)
             except (OSError, ValueError) as error:
-                raise UserError(f"data: {file}: cannot be read: {_first_line(error)}") from error
+                raise UserError(f"data: {file}: cannot be read: {first_line(error)}") from error
 
     return _Opened(total, samples(), _class_names(opened[0][0], config.label_column))
 
 
 def _is_test_split(file: Path) -> bool:
     """`test-00000-of-00001.parquet`, `validation/0.parquet`: the publisher's word for the split."""
-    return any(re.match(r"(test|val|valid|validation)(?![a-z])", part) for part in file.parts)
+    split = re.compile(r"(test|val|valid|validation)(?![a-z])", re.IGNORECASE)
+    return any(split.match(part) for part in file.parts)
 
 
 def _open_file(file: Path, config: Data) -> tuple[pq.ParquetFile, str]:
     try:
         parquet = pq.ParquetFile(file)
     except Exception as error:  # pyarrow raises OSError, ArrowInvalid and more for a broken file
-        raise UserError(f"data: {file} is not a Parquet file: {_first_line(error)}") from error
+        raise UserError(f"data: {file} is not a Parquet file: {first_line(error)}") from error
     columns = parquet.schema_arrow.names
     if config.label_column not in columns:
         raise UserError(
@@ -190,6 +196,27 @@ def _open_file(file: Path, config: Data) -> tuple[pq.ParquetFile, str]:
     return parquet, image_column
 
 
+def _check_labels(parquet: pq.ParquetFile, file: Path, label_column: str, *, test: bool) -> int:
+    """How many rows of a file can be used, found out before any image is decoded.
+
+    That is all of them, or none of a test file that its publisher keeps the labels of (all −1).
+    """
+    try:
+        labels = parquet.read(columns=[label_column]).column(label_column)
+    except (OSError, ValueError) as error:
+        raise UserError(f"data: {file}: cannot be read: {first_line(error)}") from error
+    if not pa.types.is_integer(labels.type) or labels.null_count:
+        what = f"{labels.null_count} missing" if labels.null_count else str(labels.type)
+        raise UserError(
+            f"data: {file}: column {label_column!r} must hold class indices, it holds {what}"
+        )
+    if len(labels) == 0 or (test and pc.max(labels).as_py() == -1):
+        return 0
+    if (lowest := pc.min(labels).as_py()) < 0:
+        raise UserError(f"data: {file}: label {lowest} is not a class index (0 and up)")
+    return len(labels)
+
+
 def _read_file(
     parquet: pq.ParquetFile, name: str, image_column: str, label_column: str, test: bool, rows: int
 ) -> Iterator[_Sample]:
@@ -203,8 +230,6 @@ def _read_file(
             if row == rows:
                 return
             sample_id = f"{name}#{row}"
-            if not isinstance(label, int):
-                raise UserError(f"data: {sample_id}: label {label!r} is not a class index")
             yield _Sample(sample_id, _decode(image, sample_id), label, test)
             row += 1
 
@@ -222,7 +247,7 @@ def _decode(image: object, sample_id: str) -> Image.Image:
         SyntaxError,
         Image.DecompressionBombError,
     ) as error:
-        raise UserError(f"data: {sample_id}: cannot be decoded: {_first_line(error)}") from error
+        raise UserError(f"data: {sample_id}: cannot be decoded: {first_line(error)}") from error
 
 
 def _class_names(parquet: pq.ParquetFile, label_column: str) -> list[str] | None:
@@ -244,7 +269,3 @@ def _fit(rgb: Image.Image, *, size: int, channels: int) -> npt.NDArray[np.uint8]
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,13 @@ from amint_ray.evaluation.metrics import Interval
 Scores = npt.NDArray[np.float64]
 
 
-def evaluate(table: ScoreTable, config: Evaluation) -> dict[str, Any]:
-    """Every figure of "How amint_ray measures", from saved scores alone.
+def evaluate(table: ScoreTable, config: Evaluation, *, head_trained: bool = True) -> dict[str, Any]:
+    """Every figure of membership and of the task, from saved scores alone.
+
+    Args:
+        table: the scores.
+        config: levels and confidences.
+        head_trained: False where λ₂ = 0; then nothing is said of the head.
 
     Returns:
         `task.accuracy`; `membership.member` and `membership.withheld`, the MINT head's score on
@@ -29,13 +35,16 @@ def evaluate(table: ScoreTable, config: Evaluation) -> dict[str, Any]:
         int((test.prediction == test.label).sum()), len(test), confidence=config.confidence
     )
     questions = (Role.MEMBER, Role.WITHHELD)
+    head = {
+        role.value: _membership(table, role, table.mint_logit, config, half=0.0)
+        for role in questions
+    }
+    if not head_trained:
+        head = _blank(head, "the MINT head was not trained (loss.lambda_mint = 0)")
     return {
         "confidence": config.confidence,
         "task": {"accuracy": accuracy.as_dict()},
-        "membership": {
-            role.value: _membership(table, role, table.mint_logit, config, half=0.0)
-            for role in questions
-        },
+        "membership": head,
         "loss_threshold": {
             role.value: _membership(table, role, -table.task_loss, config, half=None)
             for role in questions
@@ -114,9 +123,17 @@ def _membership(
     return figures
 
 
+def _blank(figures: dict[str, Any], note: str) -> dict[str, Any]:
+    """The same document with nothing stated in it, and why."""
+    if "value" in figures:
+        return Interval.unknown(note).as_dict()
+    blank = {k: _blank(v, note) if isinstance(v, dict) else v for k, v in figures.items()}
+    return blank | ({"threshold": None} if "threshold" in blank else {})
+
+
 def _rates_at(
     target: float,
-    rates: Any,
+    rates: Callable[[float], tuple[Interval, Interval]],
     negatives: Scores,
     calibration: Scores,
     config: Evaluation,

@@ -9,11 +9,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from amint_ray.config.schema import Cluster
-from amint_ray.contracts import UserError
+from amint_ray.contracts import RunError, UserError, first_line
 
 _SECONDS_TO_ANSWER = 5.0
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # For a cluster of our own, whose only job is ours: Ray Train looks after its workers every 2 s by
 # default, and each report and the end of a run wait for the next look; nobody preempts a worker or
 # reads metrics from a dashboard. Ray copies these to the controller and the workers.
@@ -26,7 +28,8 @@ _OWN_CLUSTER = {
 
 def address_of(config: Cluster) -> str | None:
     """`host:port` of the cluster to join, or None to start one on this machine."""
-    return config.address or os.environ.get("RAY_ADDRESS") or None
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
 
 
 def check_address(address: str) -> None:
@@ -68,14 +71,14 @@ def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tu
         UserError: more are asked for than there is room or work.
     """
     use_gpu = gpus >= 1
-    room = int(gpus) if use_gpu else int(cores / config.cpus_per_worker)
-    wanted = config.workers or min(rows, room if use_gpu else min(2, max(1, room)))
-    if wanted > room or wanted * config.cpus_per_worker > cores:
+    room = int(cores / config.cpus_per_worker)
+    room = min(room, int(gpus)) if use_gpu else room
+    wanted = config.workers or max(1, min(rows, room if use_gpu else min(2, room)))
+    if wanted > room:
         raise UserError(
             f"cluster.workers = {wanted}: the cluster has {cores:g} cores and {gpus:g} GPUs, room "
-            f"for {min(room, int(cores / config.cpus_per_worker))} workers of "
-            f"{config.cpus_per_worker:g} cores{' and a GPU' if use_gpu else ''} "
-            "(cluster.cpus_per_worker)"
+            f"for {room} workers of {config.cpus_per_worker:g} cores (cluster.cpus_per_worker)"
+            f"{' and a GPU' if use_gpu else ''}"
         )
     if wanted > rows:
         raise UserError(
@@ -91,11 +94,13 @@ def _own_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for signum, handler in handlers.items():
-        if handler is not None:
-            signal.signal(signum, handler)
+    handlers = {signum: signal.getsignal(signum) for signum in _STOPPING}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            if handler is not None:
+                signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -119,22 +124,25 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]
         logging.getLogger(name).setLevel(level)  # importing Ray set them to INFO
     options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
     try:
-        with _own_signal_handlers():
-            if address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=local_cores(),
-                    include_dashboard=False,
-                    **options,
-                )
-            else:
-                ray.init(address=address, **options)
+        _start(address, options)
         yield ray.cluster_resources()
-    except ConnectionError as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cluster.address = {address!r}: no Ray cluster answers there ({line}); "
-            "start one, or leave cluster.address and RAY_ADDRESS empty"
-        ) from error
     finally:
         ray.shutdown()
+
+
+def _start(address: str | None, options: dict[str, Any]) -> None:
+    import ray
+
+    where: dict[str, Any] = {"address": address}
+    if address is None:
+        where = {"address": "local", "num_cpus": local_cores(), "include_dashboard": False}
+    try:
+        with _own_signal_handlers():
+            ray.init(**where, **options)
+    except Exception as error:  # wrong token, another version, another program at the port …
+        if address is None:
+            raise RunError(f"Ray does not start on this machine: {first_line(error)}") from error
+        raise UserError(
+            f"cluster.address = {address!r}: cannot join: {first_line(error)}; a cluster with a "
+            "token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, and Ray's version must match"
+        ) from error

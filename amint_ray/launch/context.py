@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ class RayContext:
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(dict(metrics), checkpoint=checkpoint)
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest committed checkpoint of this run, fetched to this node."""
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """The newest committed checkpoint of this run; fetched to this node if it is elsewhere."""
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory())
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)

@@ -51,6 +51,10 @@ class Receiver:
         if (event := _take(f"{self._run}/now")) is not None:
             yield event
 
+    def close(self) -> None:
+        """Leave nothing of the run behind in a cluster that lives on."""
+        internal_kv._internal_kv_del(f"{self._run}/", del_by_prefix=True, namespace=_NAMESPACE)
+
 
 def _put(key: str, event: Mapping[str, Any]) -> None:
     internal_kv._internal_kv_put(key, json.dumps(event), namespace=_NAMESPACE)

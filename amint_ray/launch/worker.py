@@ -21,7 +21,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             `manifest` in Ray's object store.
 
     Returns:
-        The history, and when what happened, for the driver's clock.
+        The history, and when what happened, for the driver's clock; or `failed` and why.
     """
     entered = time.time()
     config: Config = arguments["config"]
@@ -33,7 +33,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         rank=context.rank,
         world_size=context.world_size,
     )
-    trained = train(config, arguments["architecture"], streams, context)
+    try:
+        trained = train(config, arguments["architecture"], streams, context)
+    except FloatingPointError as error:
+        # Every rank sees the same sums and comes here. An exception would have Ray try again, to
+        # the same end.
+        return {"failed": str(error)}
     return {
         "entered": entered,
         "left": time.time(),

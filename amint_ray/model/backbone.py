@@ -9,7 +9,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from amint_ray.contracts import UserError
+from amint_ray.config.schema import RESERVED_OPTIONS
+from amint_ray.contracts import UserError, first_line
 
 
 def create_backbone(
@@ -32,6 +33,8 @@ def create_backbone(
     Raises:
         UserError: timm has no such model, or it does not take these options.
     """
+    if reserved := RESERVED_OPTIONS & options.keys():  # an architecture need not come from a Config
+        raise UserError(f"model.options: {', '.join(sorted(reserved))} must not be set")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; near names: {', '.join(near)}" if near else ""
@@ -41,9 +44,8 @@ def create_backbone(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **options
         )
     except Exception as error:  # whatever a constructor makes of the user's options
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model: timm cannot build {name!r} with options {dict(options)}"
-            f"{' and pretrained weights' if pretrained else ''}: {line}"
+            f"{' and pretrained weights' if pretrained else ''}: {first_line(error)}"
         ) from error
     return backbone

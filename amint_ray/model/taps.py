@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 
 Layout = Literal["NCHW", "NHWC", "NLC"]
 
@@ -35,6 +35,7 @@ class TapReader:
     """Forward hooks on the tapped modules; outside `reading` they change and keep nothing."""
 
     def __init__(self, backbone: nn.Module, names: Sequence[str]) -> None:
+        self._active = False
         self._keep: int | None = None
         self._names = tuple(names)
         self._read: dict[str, torch.Tensor] = {}
@@ -57,15 +58,17 @@ class TapReader:
             A list that is filled with the activations, in the order of the names, at the end.
         """
         activations: list[torch.Tensor] = []
-        self._keep = keep
+        self._active, self._keep = True, keep
         try:
             yield activations
             activations.extend(self._read[name] for name in self._names)
         finally:
-            self._keep, self._read = None, {}
+            self._active, self._keep, self._read = False, None, {}
 
     def pass_on(self, name: str, output: torch.Tensor, *, last: bool) -> torch.Tensor | None:
         """Called by the hooks: keep the output, and say what goes on instead of it."""
+        if not self._active:
+            return None
         self._read[name] = output
         return output[: self._keep] if last and self._keep is not None else None
 
@@ -150,9 +153,9 @@ def _outputs(backbone: nn.Module, names: Sequence[str], images: torch.Tensor) ->
         with torch.no_grad():
             backbone(images)
     except (RuntimeError, AssertionError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.image_size = {images.shape[-1]}: the backbone cannot take such images: {line}"
+            f"data.image_size = {images.shape[-1]}: the backbone cannot take such images: "
+            f"{first_line(error)}"
         ) from error
     finally:
         for handle in handles:
@@ -166,7 +169,7 @@ def _allows_exit(backbone: nn.Module, taps: Sequence[Tap], images: torch.Tensor)
     try:
         with torch.no_grad(), reader.reading(_KEPT):
             return len(backbone(images)) == _KEPT
-    except RuntimeError:
+    except Exception:  # whatever the backbone makes of rows that have left
         return False
     finally:
         reader.remove()

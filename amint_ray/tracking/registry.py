@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from amint_ray.config.schema import Data
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 from amint_ray.evaluation.calibration import p_values
 from amint_ray.model.joint import Architecture, AuditedModel
-from amint_ray.tracking.run_log import tracking_uri
+from amint_ray.tracking.run_log import tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature
@@ -82,6 +82,8 @@ class RegisteredModel:
         self.model = model.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.calibration = calibration
+        # The taps hand over through the model; two passes at once would mix their images up.
+        self._one_at_a_time = threading.Lock()
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor | npt.NDArray[Any]) -> Answer:
@@ -111,16 +113,26 @@ class RegisteredModel:
                 )
         else:
             raise UserError(f"images are {batch.dtype}; give uint8 or floating point")
-        logits, membership = self.model((pixels - self.preprocessing.mean) / self.preprocessing.std)
+        pixels = pixels.to(next(self.model.parameters()).device)
+        normalised = (pixels - self.preprocessing.mean) / self.preprocessing.std
+        with self._one_at_a_time:
+            logits, membership = self.model(normalised)
         return Answer(logits, membership)
 
     def p_values(self, membership_scores: torch.Tensor) -> npt.NDArray[np.float64]:
         """Conformal p-value of each score against the stored calibration scores.
 
-        For an image that was not trained on, P(p ≤ α) ≤ α. A small one says "trained on"; a large
-        one says nothing, since training images withheld from the MINT head look like strangers.
+        For an image from the same source as the training data that was not trained on, P(p ≤ α) ≤ α
+        on average over draws of the calibration set; with few calibration images the rate of a
+        given model may lie well above or below. A small p-value says "trained on"; a large one
+        says nothing, since training images withheld from the MINT head look like strangers.
+
+        Raises:
+            UserError: the model was trained without its head.
         """
-        return p_values(membership_scores.double().numpy(), self.calibration)
+        if len(self.calibration) == 0:
+            raise UserError("the MINT head of this model was not trained (loss.lambda_mint = 0)")
+        return p_values(membership_scores.double().cpu().numpy(), self.calibration)
 
 
 def save_model(
@@ -231,10 +243,8 @@ def load(uri: str) -> RegisteredModel:
     try:
         folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
     except (MlflowException, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {line}"
-        ) from error
+        where = without_password(mlflow.get_tracking_uri())
+        raise UserError(f"{uri}: cannot be loaded from {where}: {first_line(error)}") from error
     return read_model(Path(folder))
 
 
@@ -251,9 +261,10 @@ def read_model(folder: Path) -> RegisteredModel:
         model.load_state_dict(load_file(folder / WEIGHTS))
         calibration = load_file(folder / CALIBRATION)["membership_scores"].numpy()
         return RegisteredModel(model, preprocessing, calibration)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UserError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: not a model that amint_ray registered: {line}") from error
+    except Exception as error:  # whatever a damaged or altered file leads to
+        raise UserError(
+            f"{folder}: not a model that amint_ray registered: {first_line(error)}"
+        ) from error
 
 
 class _PyFunc:
@@ -269,7 +280,7 @@ class _PyFunc:
     ) -> dict[str, npt.NDArray[np.float32]]:
         """Both outputs by name. The signature names its input, so MLflow may pass it as a dict."""
         images = model_input["images"] if isinstance(model_input, dict) else model_input
-        return {name: value.numpy() for name, value in self._model(images)._asdict().items()}
+        return {name: value.cpu().numpy() for name, value in self._model(images)._asdict().items()}
 
 
 def _load_pyfunc(path: str) -> _PyFunc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ from filelock import FileLock
 import amint_ray
 from amint_ray.config.load import fingerprint, to_yaml
 from amint_ray.config.schema import Config
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 from amint_ray.storage import writable_folder
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def _from_environment() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def without_password(uri: str) -> str:
+    """The address as it may be shown."""
+    password = urllib.parse.urlsplit(uri).password
+    return uri if password is None else uri.replace(f":{password}@", ":***@")
+
+
 def check_tracking(uri: str) -> None:
     """Find out at once whether the run can be recorded, before any work is done.
 
@@ -51,14 +58,16 @@ def check_tracking(uri: str) -> None:
     """
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
+        # urllib takes a user and password in the address for a part of the host's name.
+        server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SECONDS_TO_ANSWER).close()
+            urllib.request.urlopen(f"{server}/health", timeout=_SECONDS_TO_ANSWER).close()
         except urllib.error.HTTPError:
             return  # somebody answers; whether we may log is for MLflow to say
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or first_line(error)
             raise UserError(
-                f"tracking: no MLflow server answers at {_without_password(uri)} "
+                f"tracking: no MLflow server answers at {without_password(uri)} "
                 f"(MLFLOW_TRACKING_URI): {reason}; start it, or unset the variable to use a file"
             ) from error
     elif parts.scheme == "sqlite":
@@ -72,11 +81,10 @@ class RunLog:
     """An MLflow run. Only the driver writes to it."""
 
     def __init__(self, uri: str, config: Config, *, run_name: str, tags: Mapping[str, str]) -> None:
-        # Before the import: a training run has no business telling a vendor about itself.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
 
         mlflow.set_tracking_uri(uri)
+        self.run_id = ""
         try:
             with _alone_while_created(uri):
                 self._client: MlflowClient = mlflow.MlflowClient(uri)
@@ -92,15 +100,17 @@ class RunLog:
                     **tags,
                 },
             )
-        except Exception as error:  # MLflow's own, SQLAlchemy's, the network's
+            self.run_id = run.info.run_id
+            self._log_params(config)
+            self._client.log_text(self.run_id, to_yaml(config), "config.yaml")
+            self._client.log_dict(self.run_id, environment(), "environment.json")
+        except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
+            if self.run_id:
+                with contextlib.suppress(Exception):
+                    self.end("FAILED")
             raise UserError(
-                f"tracking: MLflow at {_without_password(uri)} takes no run: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"tracking: MLflow at {without_password(uri)} takes no run: {first_line(error)}"
             ) from error
-        self.run_id: str = run.info.run_id
-        self._log_params(config)
-        self._client.log_text(self.run_id, to_yaml(config), "config.yaml")
-        self._client.log_dict(self.run_id, environment(), "environment.json")
 
     def log_epoch(self, entry: Mapping[str, float]) -> None:
         """One epoch's metrics, at step = epoch."""
@@ -116,11 +126,6 @@ class RunLog:
     def log_folder(self, folder: Path) -> None:
         """Every file in a folder, as artifacts."""
         self._client.log_artifacts(self.run_id, str(folder))
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Add tags to the run."""
-        for key, value in tags.items():
-            self._client.set_tag(self.run_id, key, value)
 
     def end(self, status: Status) -> None:
         """Close the run."""
@@ -230,10 +235,3 @@ def _leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
             leaves |= {name: value["value"]}
             leaves |= {f"{name}.low": value["low"], f"{name}.high": value["high"]}
     return leaves
-
-
-def _without_password(uri: str) -> str:
-    parts = urllib.parse.urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return uri.replace(f":{parts.password}@", ":***@")

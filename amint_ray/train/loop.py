@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,9 @@ def train(
     """
     started = time.perf_counter()
     state = create_state(config, architecture, streams.steps_per_epoch, context.device)
-    checkpoint = context.latest_checkpoint()
-    if checkpoint is not None:
-        state.load(checkpoint, config_fingerprint=fingerprint(config))
+    with context.latest_checkpoint() as checkpoint:
+        if checkpoint is not None:
+            state.load(checkpoint, config_fingerprint=fingerprint(config))
     model = _parallel(state.model, context)
     set_up = time.perf_counter()
     while state.epoch < config.train.epochs:
@@ -143,18 +144,14 @@ def _train_epoch(
                 "steps": config.train.epochs * streams.steps_per_epoch,
             }
         )
-    seconds = time.perf_counter() - started
     share_buffers(state.model)
     entry = epoch_metrics(sums)
-    if not all(
-        math.isfinite(entry[name])
-        for name in ("train/task_loss", "train/mint_loss")
-        if name in entry
-    ):
-        raise FloatingPointError(
-            f"a loss is not finite in epoch {state.epoch + 1}: {entry}; lower train.lr"
-        )
+    seconds = time.perf_counter() - started
     entry |= _monitor(state.model, streams, context)
+    if broken := [name for name, value in entry.items() if not math.isfinite(value)]:
+        raise FloatingPointError(
+            f"{', '.join(broken)} not finite in epoch {state.epoch + 1}; lower train.lr"
+        )
     entry["train/steps_per_second"] = streams.steps_per_epoch / seconds
     entry["train/lr"] = float(state.optimizer.param_groups[0]["lr"])
     state.epoch += 1
@@ -177,17 +174,23 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
 
 
 def _monitor(model: nn.Module, streams: Streams, context: RunContext) -> dict[str, float]:
-    """Task loss and accuracy on `calibration`, to watch; `test` is looked at once, at the end."""
+    """Means over `calibration`, to watch; `test` is looked at once, at the end."""
     table = score(model, streams.score_batches([Role.CALIBRATION]), context.device)
     sums = torch.tensor(
-        [table.task_loss.sum(), (table.prediction == table.label).sum(), len(table)],
+        [
+            table.task_loss.sum(),
+            (table.prediction == table.label).sum(),
+            table.mint_logit.sum(),
+            len(table),
+        ],
         dtype=torch.float64,
         device=context.device,
     )
-    (loss, correct, rows), _ = sum_over_ranks(sums)
+    (loss, correct, mint, rows), _ = sum_over_ranks(sums)
     return {
         "calibration/task_loss": float(loss / rows),
         "calibration/task_accuracy": float(correct / rows),
+        "calibration/mint_logit": float(mint / rows),
     }
 
 
@@ -238,6 +241,7 @@ class LocalContext:
         write_checkpoint(draft)
         draft.rename(self._folder / f"checkpoint_{self._count:06d}")
 
-    def latest_checkpoint(self) -> Path | None:
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
         """The newest whole checkpoint."""
-        return max(self._folder.glob("checkpoint_*"), default=None)
+        yield max(self._folder.glob("checkpoint_*"), default=None)

@@ -43,8 +43,9 @@ class Objective:
             return task_loss
         losses = torch.stack([task_loss, mint_loss])
         norms = self._update(losses.detach())
-        weights = losses.new_tensor([self._config.lambda_task, self._config.lambda_mint])
-        return (weights * losses / norms).sum()
+        task, mint = losses / norms
+        total: torch.Tensor = self._config.lambda_task * task + self._config.lambda_mint * mint
+        return total
 
     def _update(self, losses: torch.Tensor) -> torch.Tensor:
         kind = self._config.weighting

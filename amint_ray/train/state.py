@@ -66,7 +66,7 @@ class TrainState:
                 f"this run has {config_fingerprint}"
             )
         self.model.load_state_dict(load_file(folder / WEIGHTS))
-        moving = torch.load(folder / OPTIMIZER, weights_only=True)
+        moving = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(moving["optimizer"])
         self.scheduler.load_state_dict(moving["scheduler"])
         self.objective.load_state_dict(description["objective"])

@@ -67,7 +67,7 @@ def forward(
         [
             task_sum.detach().double(),
             (logits.argmax(1) == batch.labels).sum().double(),
-            batch.labels.new_tensor(batch.n_task).double(),
+            torch.full_like(task_sum, batch.n_task, dtype=torch.float64),
             mint_sum.detach().double(),
             batch.told.sum().double()
             if membership is not None

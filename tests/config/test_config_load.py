@@ -131,9 +131,7 @@ def test_only_bad_list_entry_is_told_once(override: str, part: str) -> None:
     [
         ("train.epoch=3", "train.epoch", "3", "train.epochs"),
         ("epochs=3", "epochs", "3", "train.epochs"),
-        pytest.param(
-            *("lambda_mint=3", "lambda_mint", "3", "loss.lambda_mint"),
-        ),
+        ("lambda_mint=3", "lambda_mint", "3", "loss.lambda_mint"),
         ("data.shares.witheld=0.5", "data.shares.witheld", "0.5", "data.shares.withheld"),
         ("trian.epochs=3", "trian", "{'epochs': 3}", "train"),
         ("train.batchsize=x y", "train.batchsize", "'x y'", "train.batch_size"),
@@ -194,14 +192,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-        )
-        if name in ("number", "false")
-        else name
-        for name in BAD_FILES
-    ],
+    list(BAD_FILES),
 )
 def test_bad_file_is_named_with_its_line(name: str, tmp_path: Path) -> None:
     content, part = BAD_FILES[name]

@@ -13,7 +13,7 @@ from amint_ray.config import reference
 from amint_ray.config.load import fingerprint, load_config
 from amint_ray.config.schema import Config
 
-LEFT_OUT = ("cluster", "storage", "tracking")
+LEFT_OUT = ("cluster", "storage", "tracking", "data.path", "data.memory_gib")
 
 
 def sections(model: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, Any]]:

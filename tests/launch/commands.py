@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class Command:
                 env={**environment, "AMINT_TEST_MARK": self.mark},
                 stdout=out,
                 stderr=err,
+                start_new_session=True,  # so that a signal can go to the group, as Ctrl-C's does
             )
 
     @property
@@ -59,6 +61,10 @@ class Command:
             for process in self.descendants():
                 process.kill()
             raise
+
+    def interrupt(self, signum: signal.Signals) -> None:
+        """Signal the whole process group, as a terminal does."""
+        os.killpg(self.process.pid, signum)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS_AT_MOST

@@ -98,7 +98,8 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     context = LocalContext(tmp_path)
     trained = _run(config, context)
     assert len(list(tmp_path.iterdir())) == 3
-    last = context.latest_checkpoint()
+    with context.latest_checkpoint() as last:
+        pass
     assert last is not None
     state = create_state(config, architecture_of(config), 3, torch.device("cpu"))
     state.load(last, config_fingerprint=fingerprint(config))
@@ -154,5 +155,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_epoch(
 
 def test_a_learning_rate_that_blows_up_stops_the_run(tmp_path: Path) -> None:
     config = config_of(CONVNEXT, train={"optimizer": "sgd", "lr": 1e30})
-    with pytest.raises(FloatingPointError, match=r"epoch 1: .*lower train\.lr"):
+    with pytest.raises(FloatingPointError, match=r"train/task_loss.* not finite in epoch 1"):
         _run(config, LocalContext(tmp_path))

@@ -73,9 +73,7 @@ def test_without_mint_the_objective_is_the_task_loss_itself() -> None:
 @pytest.mark.parametrize(
     "weighting",
     [
-        pytest.param(
-            "initial",
-        ),
+        "initial",
         "ema",
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,5 +111,6 @@ class RankContext:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(self._folder)
 
-    def latest_checkpoint(self) -> Path | None:
-        return None
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        yield None

@@ -1,0 +1,164 @@
+"""The training loop on Ray Train, and its news to whoever watches."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from amint_ray.contracts import RunError, Watcher
+from amint_ray.launch.prepare import Prepared
+from amint_ray.launch.progress import Receiver
+from amint_ray.launch.worker import train_worker
+from amint_ray.tracking.run_log import RunLog
+
+_SECONDS_BETWEEN_POLLS = 0.2
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished training.
+
+    Attributes:
+        checkpoint: the last one, with weights and scores.
+        seconds: of `workers` (started and stopped), `train` and `evaluate`.
+    """
+
+    checkpoint: ray.train.Checkpoint
+    seconds: dict[str, float]
+
+
+def fit(
+    prepared: Prepared,
+    images: npt.NDArray[np.uint8],
+    opening: Future[RunLog],
+    watcher: Watcher,
+    *,
+    workers: int,
+    use_gpu: bool,
+) -> Fitted:
+    """Train on `workers` processes.
+
+    Args:
+        prepared: the run's settings.
+        images: in the manifest's order. They go into Ray's object store, once for all workers of a
+            node.
+        opening: the MLflow run, perhaps still on its way; gets each epoch's metrics.
+        watcher: gets the loop's news.
+        workers: how many.
+        use_gpu: whether each has one.
+
+    Raises:
+        RunError: the training failed for good.
+    """
+    config = prepared.config
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config,
+            "run_name": prepared.run_name,
+            "architecture": prepared.architecture,
+            "images": ray.put(images),
+            "manifest": ray.put(prepared.manifest),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker}
+            | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=prepared.run_name,
+            storage_path=str(prepared.storage),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    watcher.phase(f"starting {workers} worker{'s' if workers > 1 else ''}")
+    called = time.time()
+    running = _InThread(trainer.fit)
+    logged = _follow(running, Receiver(prepared.run_name), opening, watcher)
+    returned = time.time()
+    result = running.result()
+    home = result.return_value
+    if "failed" in home:
+        raise RunError(f"training failed: {home['failed']}")
+    for entry in home["history"][logged:]:
+        opening.result().log_epoch(entry)
+    seconds = home["seconds"]
+    start_and_stop = home["entered"] - called + seconds["setup"] + returned - home["left"]
+    return Fitted(
+        result.checkpoint,
+        {"workers": start_and_stop, "train": seconds["train"], "evaluate": seconds["evaluate"]},
+    )
+
+
+def _follow(
+    running: _InThread, receiver: Receiver, opening: Future[RunLog], watcher: Watcher
+) -> int:
+    """Pass the loop's news on until it ends; gives the last epoch that MLflow was told of."""
+    logged = 0
+    done = False
+    while not done:
+        done = not running.is_alive()  # asked before the last poll, so that no news is missed
+        if opening.done():
+            opening.result()  # raises at once if the run could not be opened
+        for event in receiver.poll():
+            watcher.event(event)
+            if event["phase"] == "epoch":
+                opening.result().log_epoch(event)
+                logged = event["epoch"]
+        if not done:
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+    receiver.close()
+    return logged
+
+
+class _InThread(threading.Thread):
+    """A call in a daemon thread: the main thread stays free for Ctrl-C, which Ray would swallow."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # handed to the main thread by `result`
+            self._error = error
+
+    def result(self) -> Any:
+        """What the call returned.
+
+        Raises:
+            RunError: it raised.
+        """
+        if self._error is not None:
+            raise RunError(f"training failed: {_cause(self._error)}") from self._error
+        return self._value
+
+
+def _cause(error: BaseException) -> str:
+    """The line that says most: a worker's own error, or the controller's, without the traceback."""
+    failures = getattr(error, "worker_failures", None) or {}
+    controller = getattr(error, "controller_failure", None)
+    where, inner = "", error
+    if failures:
+        rank, inner = min(failures.items())
+        where, inner = f"worker {rank}: ", getattr(inner, "_base_exc", None) or inner
+    elif controller is not None:
+        where, inner = "Ray Train's controller: ", controller
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{where}{type(inner).__name__}: {lines[-1] if lines else 'no message'}"
