@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import click
 
 import amint_ray
-from amint_ray.contracts import RunError, UserError
+from amint_ray.contracts import RunError, UserError, first_line
 
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 
@@ -56,12 +56,13 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
 
     config = load_config(recipe, overrides)
     with _results_only(verbose=verbose) as stdout:
-        # Here, after the configuration was found good: these take seconds to import.
         from amint_ray.display import open_display, print_result
-        from amint_ray.launch.train_run import run_training
+
+        display = open_display(_raise_if_stopped, plain=verbose)
+        display.phase("starting")
+        from amint_ray.launch.train_run import run_training  # torch and timm: seconds
 
         imported = _seconds_since_process_start()
-        display = open_display(plain=verbose)
         try:
             document = run_training(config, display, verbose=verbose)
         finally:
@@ -125,23 +126,32 @@ class _Stopped(BaseException):
 
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_signals: list[int] = []
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
+    _signals.append(signum)
+    if len(_signals) == 1:
+        _write(b"amint: stopping\n")
+        raise _Stopped(signum)
     # An impatient second Ctrl-C must not leave Ray's processes behind; a third means it.
-    for other in _STOPPING:
-        signal.signal(other, _on_second_signal)
-    # Not print: the signal may have come in the middle of one.
-    os.write(2, b"amint: stopping Ray and closing the run\n")
-    raise _Stopped(signum)
+    if len(_signals) == 2:
+        _write(b"amint: still stopping; once more ends it now, and may leave processes behind\n")
+        return
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
-def _on_second_signal(signum: int, frame: FrameType | None) -> None:
-    os.write(
-        2, b"amint: still stopping; once more ends it at once and may leave processes behind\n"
-    )
-    for other in _STOPPING:
-        signal.signal(other, signal.SIG_DFL)
+def _raise_if_stopped() -> None:
+    """Raise again what Python swallows if the signal came in a callback or a finaliser."""
+    if _signals:
+        raise _Stopped(_signals[0])
+
+
+def _write(text: bytes) -> None:
+    # Not print: the signal may have come in the middle of one. The terminal may be gone, too.
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,9 +160,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0; 1 where a run failed; 2 for a mistake of the user's; 128 + n for signal n.
     """
+    _signals.clear()
     # SIGINT too: a shell script that starts us with & has it ignored, and Python would leave it so.
     for signum in _STOPPING:
-        signal.signal(signum, _on_signal)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, _on_signal)
     arguments = sys.argv[1:] if argv is None else argv
     try:
         cli.main(args=arguments, prog_name="amint", standalone_mode=False)
@@ -169,14 +181,20 @@ def main(argv: list[str] | None = None) -> int:
         if "--verbose" in arguments:
             traceback.print_exc()
         return _say(str(error), 1)
+    except Exception as error:
+        if "--verbose" in arguments:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return _say(f"unexpected: {what} (`--verbose` shows where)", 1)
     except _Stopped as stopped:
         return _say(f"stopped by {signal.Signals(stopped.signum).name}", 128 + stopped.signum)
     return 0
 
 
 def _say(text: str, code: int) -> int:
-    for line in text.splitlines():
-        print(f"amint: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        for line in text.splitlines():
+            print(f"amint: {line}", file=sys.stderr)
     return code
 
 

@@ -9,10 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to be imported in no time, before Ctrl-C can be taken care of
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 
@@ -66,7 +65,8 @@ class Batch:
         told: (n_task + n_external,) bool, rows that train the MINT head (false: withheld).
         task_per_worker: rows of D in the *global* batch, divided by the number of workers. A
             worker divides its summed task loss by this, so that DDP's mean of gradients is the
-            gradient of the mean over the global batch, however the rows are dealt out.
+            gradient of the mean over the global batch, however the rows are dealt out
+            (BatchNorm's statistics are still each worker's own).
         told_per_worker: the same for the rows that train the MINT head.
     """
 
@@ -165,6 +165,9 @@ class Watcher(Protocol):
 
     def notice(self, text: str) -> None:
         """Something to be read, whatever is shown next."""
+
+    def heartbeat(self) -> None:
+        """Called a few times a second while the run waits; may raise to stop it."""
 
 
 class RunContext(Protocol):

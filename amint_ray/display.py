@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 class LiveDisplay:
     """A bar that follows epochs, step rate, both losses and the time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, heartbeat: Callable[[], None] = lambda: None) -> None:
+        self.heartbeat = heartbeat
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -36,6 +38,7 @@ class LiveDisplay:
 
     def phase(self, text: str) -> None:
         """Name what is going on; how long it takes is unknown."""
+        self.heartbeat()
         self._progress.reset(self._task, total=None, description=text, detail="")
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -58,7 +61,8 @@ class LiveDisplay:
 
     def notice(self, text: str) -> None:
         """A line above the bar that stays."""
-        self._progress.console.print(f"amint: {text}", markup=False, highlight=False)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._progress.console.print(f"amint: {text}", markup=False, highlight=False)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -68,7 +72,8 @@ class LiveDisplay:
 class PlainDisplay:
     """Lines of text for logs and pipes: each phase, and an epoch's line every few seconds."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, heartbeat: Callable[[], None] = lambda: None) -> None:
+        self.heartbeat = heartbeat
         self._console = console
         self._last = -math.inf
         self._steps = _StepRate()
@@ -76,6 +81,7 @@ class PlainDisplay:
 
     def phase(self, text: str) -> None:
         """One line a phase."""
+        self.heartbeat()
         self._print(text)
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -94,7 +100,8 @@ class PlainDisplay:
 
     def notice(self, text: str) -> None:
         """One line."""
-        self._print(text)
+        with contextlib.suppress(OSError):  # whoever read the pipe may be gone
+            self._print(text)
 
     def close(self) -> None:
         """Nothing to take away."""
@@ -124,10 +131,18 @@ def losses(event: Mapping[str, Any]) -> str:
     return text
 
 
-def open_display(*, plain: bool = False) -> LiveDisplay | PlainDisplay:
-    """Live where stderr is a terminal, plain elsewhere."""
+def open_display(
+    heartbeat: Callable[[], None], *, plain: bool = False
+) -> LiveDisplay | PlainDisplay:
+    """Live where stderr is a terminal, plain elsewhere.
+
+    Args:
+        heartbeat: called at each phase and a few times a second; may raise to stop the run.
+        plain: no bar even at a terminal, because others write to it too.
+    """
     console = Console(stderr=True)
-    return LiveDisplay(console) if console.is_terminal and not plain else PlainDisplay(console)
+    live = console.is_terminal and not plain
+    return LiveDisplay(console, heartbeat) if live else PlainDisplay(console, heartbeat)
 
 
 def print_result(document: Mapping[str, Any], console: Console) -> None:

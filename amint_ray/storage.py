@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 
 
 def writable_folder(path: str | Path, key: str) -> Path:
@@ -18,14 +18,17 @@ def writable_folder(path: str | Path, key: str) -> Path:
     Raises:
         UserError: it cannot be made or written to.
     """
-    folder = Path(path).expanduser().absolute()
+    if "://" in str(path):
+        raise UserError(f"{key} = {str(path)!r}: only folders are supported, no addresses")
     try:
+        folder = Path(path).expanduser().absolute()
         standing = next(p for p in (folder, *folder.parents) if p.exists())
         with tempfile.TemporaryDirectory(dir=standing):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{key}: cannot write to {folder}: {error.strerror or error}; "
+            f"{key}: cannot write to {str(path)!r} (in {Path.cwd()}): {reason}; "
             "name another folder, or work in one that is writable"
         ) from error
     return folder

@@ -49,7 +49,6 @@ class Import:
     module: str
     """Dotted and absolute; `from a import b` gives `a.b`."""
     line: int
-    top_level: bool
 
 
 def imports(source: str, package: str) -> Iterator[Import]:
@@ -60,10 +59,10 @@ def imports(source: str, package: str) -> Iterator[Import]:
         package: dotted name of the package that relative imports start from.
     """
 
-    def visit(node: ast.AST, *, top_level: bool) -> Iterator[Import]:
+    def visit(node: ast.AST) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, top_level)
+                yield Import(alias.name, node.lineno)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -71,16 +70,15 @@ def imports(source: str, package: str) -> Iterator[Import]:
                 parents = parents[: len(parents) - node.level + 1]
                 base = ".".join([*parents, base]).rstrip(".")
             for alias in node.names:
-                yield Import(f"{base}.{alias.name}", node.lineno, top_level)
+                yield Import(f"{base}.{alias.name}", node.lineno)
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             for child in node.orelse:
-                yield from visit(child, top_level=top_level)
+                yield from visit(child)
         else:
-            inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             for child in ast.iter_child_nodes(node):
-                yield from visit(child, top_level=top_level and not inner)
+                yield from visit(child)
 
-    yield from visit(ast.parse(source), top_level=True)
+    yield from visit(ast.parse(source))
 
 
 def violations(root: Path) -> list[str]:
@@ -116,9 +114,8 @@ def violations(root: Path) -> list[str]:
                 target = "__init__"  # a name of the package itself, such as __version__
             if target in (room, "__init__"):
                 continue
-            lazy_display = room == "display" and not entry.top_level
             if room in ANYTHING or (
-                (room in ALL_BUT_SCREEN or lazy_display) and target not in {*ANYTHING, "display"}
+                room in ALL_BUT_SCREEN and target not in {*ANYTHING, "display"}
             ):
                 continue
             if target not in ROOMS.get(room, set()):

@@ -45,8 +45,7 @@ def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     lines = [
         line
         for line in captured.err.splitlines()
-        if line not in ("amint: checking the configuration", "amint: reading digits")
-        and not line.startswith("amint: reading ")
+        if not line.startswith(("amint: starting", "amint: checking", "amint: reading"))
     ]
     assert len(lines) == 1, lines
     if before is not None:
@@ -80,6 +79,15 @@ def unused_port() -> int:
         (["mnist_vit", "data.path=/nowhere"], ["data.path=/nowhere"]),
         (["mnist_vit", "mint.head=conv"], ["blocks.7", "mint.head=tokens"]),
         (["digits", "storage.path=/proc/runs"], ["storage.path", "/proc/runs"]),
+        (["digits", "storage.path=s3://bucket/runs"], ["storage.path", "s3://bucket/runs"]),
+        (["digits", "storage.path=~no_such_user/runs"], ["storage.path", "~no_such_user"]),
+        (["digits", f"storage.path=/tmp/{'x' * 300}"], ["storage.path", "too long"]),
+        (["digits", f"data.source=parquet data.path=/{'x' * 300}"], ["data.source"]),
+        (["digits", "model.options.patch_size=0"], ["data.image_size = 8"]),
+        (["digits", "mint.channels=1000000000"], ["mint.channels = 1000000000"]),
+        (["digits", "train.external_ratio=0.001"], ["train.external_ratio = 0.001"]),
+        (["digits", "train.epochs=???"], ["train.epochs"]),
+        (["digits", "mint.taps=["], ["mint.taps=["]),
         (["digits", "cluster.address=nonsense"], ["cluster.address", "nonsense"]),
         (["digits", "--jsn"], ["--json"]),
     ],
@@ -97,6 +105,45 @@ def test_yaml_that_does_not_parse_names_the_place(
 ) -> None:
     (tmp_path / "bad.yaml").write_text("train:\n  epochs: [1\n")
     assert "bad.yaml, line 3" in complaint(capfd, "train", "bad.yaml")
+
+
+@pytest.mark.parametrize("uri", ["garbage://x", "not a uri", "mlruns", "http://[", "sqlite://"])
+def test_a_tracking_address_that_is_none_is_noticed_first(
+    uri: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert uri in complaint(capfd, "train", "digits")
+
+
+def test_a_database_that_is_none_is_noticed_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_text("no database")
+    assert "mlflow.db" in complaint(capfd, "train", "digits")
+
+
+def test_a_signal_that_python_swallows_stops_the_run_at_the_next_heartbeat(
+    tmp_path: Path,
+) -> None:
+    """A signal's exception that is raised in a finaliser is printed and dropped by Python."""
+    program = """
+import os, signal, sys
+import amint_ray.cli as cli
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def run_training(config, watcher, verbose):
+    Swallows()
+    print("went on", file=sys.stderr)
+    watcher.heartbeat()
+    print("not here", file=sys.stderr)
+import amint_ray.launch.train_run
+amint_ray.launch.train_run.run_training = run_training
+sys.exit(cli.main(["train", "digits"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "went on" in done.stderr and "not here" not in done.stderr
 
 
 def test_a_server_that_does_not_answer_is_noticed_first(

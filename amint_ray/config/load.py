@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +20,9 @@ from pydantic_core import ErrorDetails
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, first_line
+
+_MOST_LINES = 5
+_LARGEST_FILE = 1_000_000
 
 
 def recipe_names() -> list[str]:
@@ -41,14 +46,15 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         tree = _merge(tree, override)
     try:
-        values = OmegaConf.to_container(tree, resolve=True)
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {first_line(error)}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [f"config: {_explain(e)}" for e in _roots(error.errors())]
-        raise UserError("\n".join(lines)) from error
+        more = [f"config: and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        raise UserError("\n".join(lines[:_MOST_LINES] + more)) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -74,6 +80,8 @@ def _read_yaml(recipe: str) -> DictConfig:
         try:
             if not path.is_file():
                 raise UserError(f"config: there is no file {recipe!r}")
+            if path.stat().st_size > _LARGEST_FILE:
+                raise UserError(f"config: {recipe}: over a megabyte, no configuration")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"config: {recipe}: cannot be read as text: {error}") from error
@@ -94,22 +102,25 @@ def _read_yaml(recipe: str) -> DictConfig:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"config: {where}{place}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"config: {where}: not valid YAML: {first_line(error)}") from error
     assert isinstance(tree, DictConfig)
     if path.suffix in (".yaml", ".yml") and "name" not in tree:
-        tree["name"] = path.stem
+        tree["name"] = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-_") or "custom"
     return tree
 
 
 def _merge(tree: DictConfig, override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"config: override {override!r} is not of the form key.path=value")
+    if value.strip() == "???":  # OmegaConf's sign for "to be filled in", which it skips
+        raise UserError(f"config: override {override!r} gives no value")
     try:
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"config: override {override!r}: {first_line(error)}") from error
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"config: override {override!r}: {problem}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -129,7 +140,7 @@ def _explain(error: ErrorDetails) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or "the configuration"
-    value = error["input"]
+    value = _Shown(error["input"])
     if error["type"] == "extra_forbidden":
         valid = _keys_at(path[:-1])
         hint = _nearest(path, valid)
@@ -137,9 +148,27 @@ def _explain(error: ErrorDetails) -> str:
         return f"unknown key {key!r} (value {value!r}){hint}; keys {where}: {', '.join(valid)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if isinstance(value, dict | BaseModel) and error["type"] == "value_error":
+    if error["type"] in ("model_type", "dict_type"):
+        message = "input should be a mapping of keys to values"
+    if error["type"] == "tuple_type":
+        message = f"input should be a list, such as [{error['input']}]"
+    if error["type"] == "too_short":
+        message = "the list is empty"
+    if isinstance(error["input"], dict | BaseModel) and error["type"] == "value_error":
         return f"{key}: {message}"
     return f"{key} = {value!r}: {message}"
+
+
+class _Shown:
+    """A value cut to what fits into a line."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return textwrap.shorten(repr(self._value), 80, placeholder=" …")[:80]
+
+    __str__ = __repr__
 
 
 def _nearest(path: Sequence[str], valid: Sequence[str]) -> str:

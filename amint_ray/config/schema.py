@@ -129,9 +129,9 @@ class Mint(Section):
     found two better than one on a CNN."""
     head: Literal["conv", "tokens"] = "conv"
     """`conv`: the paper's for feature maps. `tokens`: the paper's for ViTs."""
-    channels: Annotated[int, Field(ge=1)] = 64
+    channels: Annotated[int, Field(ge=1, le=4096)] = 64
     """Filters of each branch's convolutions (`conv`)."""
-    hidden: Annotated[int, Field(ge=1)] = 128
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 128
     """Width of the fully connected layer behind the joined branches (`conv`)."""
 
     @field_validator("taps")
@@ -209,7 +209,7 @@ class Cluster(Section):
     this machine alone that ends with the run."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Training processes; by default one a GPU, and without GPUs one a core up to two."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    cpus_per_worker: Annotated[float, Field(ge=0.01)] = 1
     """Cores that Ray reserves for one worker."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often the run starts again from its last checkpoint when a worker dies."""
@@ -238,7 +238,7 @@ class Tracking(Section):
 class Config(Section):
     """Everything that decides a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "custom"
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "custom"
     """The recipe's name; part of the run's and of the registered model's name."""
     data: Data = Data()
     model: Model = Model()

@@ -133,8 +133,9 @@ def check_roles(manifest: Manifest, config: Config) -> None:
     for role in needed:
         if counts[role.value] == 0:
             raise UserError(
-                f"data: no image has the role {role.value!r} (counts: {counts}); raise "
-                f"data.shares.{role.value} or bring more images"
+                f"data: no image has the role {role.value!r} (counts: {counts}); bring other"
+                f" images or an official test split, or raise data.shares.{role.value} and lower "
+                "another (the five add up to 1)"
             )
     d = sum(counts[role.value] for role in Role if role.trains_task)
     if d < config.train.batch_size:

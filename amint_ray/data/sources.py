@@ -87,8 +87,7 @@ def load_source(config: Data, progress: Progress = lambda done, total: None) -> 
         sample_id.append(sample.sample_id)
         if i % 1000 == 999:
             progress(i + 1, opened.count)
-    classes = min(int(label.max()) + 1, _MOST_CLASSES)
-    names = opened.class_names or [str(c) for c in range(classes)]
+    names = opened.class_names or [str(c) for c in range(int(label.max()) + 1)]
     outside = np.flatnonzero((label < 0) | (label >= len(names)))
     if len(outside):
         raise UserError(
@@ -124,13 +123,13 @@ def _open_digits(config: Data) -> _Opened:
 
 def _open_parquet(config: Data) -> _Opened:
     assert config.path is not None
-    root = Path(config.path).expanduser()
     try:
+        root = Path(config.path).expanduser()
         if not root.exists():
             raise UserError(f"data: data.path={config.path}: there is no such file or folder")
         files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
-    except OSError as error:
-        raise UserError(f"data: data.path={config.path}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
+        raise UserError(f"data: data.path={config.path}: {first_line(error)}") from error
     if not files:
         raise UserError(f"data: data.path={config.path}: holds no *.parquet file")
     opened = [_open_file(file, config) for file in files]
@@ -214,6 +213,8 @@ def _check_labels(parquet: pq.ParquetFile, file: Path, label_column: str, *, tes
         return 0
     if (lowest := pc.min(labels).as_py()) < 0:
         raise UserError(f"data: {file}: label {lowest} is not a class index (0 and up)")
+    if (highest := pc.max(labels).as_py()) >= _MOST_CLASSES:
+        raise UserError(f"data: {file}: label {highest} is not a class index (below a million)")
     return len(labels)
 
 
@@ -247,7 +248,8 @@ def _decode(image: object, sample_id: str) -> Image.Image:
         SyntaxError,
         Image.DecompressionBombError,
     ) as error:
-        raise UserError(f"data: {sample_id}: cannot be decoded: {first_line(error)}") from error
+        reason = re.sub(r" <_io\.BytesIO.*", "", first_line(error))
+        raise UserError(f"data: {sample_id}: cannot be decoded: {reason}") from error
 
 
 def _class_names(parquet: pq.ParquetFile, label_column: str) -> list[str] | None:

@@ -32,11 +32,10 @@ def roc_curves(table: ScoreTable, figures: Mapping[str, Any]) -> Figure:
     negatives = table.of(Role.TEST).mint_logit
     floor = 0.5 / max(1, len(negatives))
     for role in (Role.MEMBER, Role.WITHHELD):
-        positives = table.of(role).mint_logit
-        if len(positives) == 0:
-            continue
-        fpr, tpr = metrics.roc(positives, negatives)
         area = figures["membership"][role.value]["auc"]
+        if area["value"] is None:
+            continue
+        fpr, tpr = metrics.roc(table.of(role).mint_logit, negatives)
         axes.step(
             np.maximum(fpr, floor),
             tpr,

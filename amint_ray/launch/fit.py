@@ -109,6 +109,7 @@ def _follow(
     logged = 0
     done = False
     while not done:
+        watcher.heartbeat()
         done = not running.is_alive()  # asked before the last poll, so that no news is missed
         if opening.done():
             opening.result()  # raises at once if the run could not be opened

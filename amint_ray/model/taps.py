@@ -151,8 +151,8 @@ def _outputs(backbone: nn.Module, names: Sequence[str], images: torch.Tensor) ->
     handles = [backbone.get_submodule(n).register_forward_hook(note(n)) for n in names]
     try:
         with torch.no_grad():
-            backbone(images)
-    except (RuntimeError, AssertionError, ValueError) as error:
+            logits = backbone(images)
+    except Exception as error:  # whatever a backbone makes of a size that is not its own
         raise UserError(
             f"data.image_size = {images.shape[-1]}: the backbone cannot take such images: "
             f"{first_line(error)}"
@@ -160,6 +160,8 @@ def _outputs(backbone: nn.Module, names: Sequence[str], images: torch.Tensor) ->
     finally:
         for handle in handles:
             handle.remove()
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise UserError("model: with these options the backbone gives no class logits")
     return seen
 
 

@@ -96,7 +96,10 @@ class RegisteredModel:
         Raises:
             UserError: another shape, type or range.
         """
-        batch = torch.as_tensor(images)
+        try:
+            batch = torch.as_tensor(images)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"images are no array: {first_line(error)}") from error
         expected = self.model.architecture.input_shape
         if batch.ndim != 4 or tuple(batch.shape[1:]) != expected:
             raise UserError(
@@ -236,13 +239,17 @@ def load(uri: str) -> RegisteredModel:
     if Path(uri).is_dir():
         return read_model(Path(uri))
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     if not os.environ.get("MLFLOW_TRACKING_URI") and not mlflow.is_tracking_uri_set():
+        if not Path("mlflow.db").is_file():
+            raise UserError(
+                f"{uri}: there is no mlflow.db in {Path.cwd()}; work where the model was trained, "
+                "or set MLFLOW_TRACKING_URI (sqlite:////absolute/path/mlflow.db, http://…)"
+            )
         mlflow.set_tracking_uri(tracking_uri())
     try:
         folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # MLflow's, the network's, a URI that is none
         where = without_password(mlflow.get_tracking_uri())
         raise UserError(f"{uri}: cannot be loaded from {where}: {first_line(error)}") from error
     return read_model(Path(folder))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("amint-ray", "ray", "torch", "torchvision", "timm", "mlflow", "numpy", "pyarrow")
 _LONGEST_PARAM = 6000
 _SECONDS_TO_ANSWER = 5.0
+_OTHER_STORES = ("postgresql", "mysql", "mssql", "databricks")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -56,25 +57,52 @@ def check_tracking(uri: str) -> None:
     Raises:
         UserError: nobody answers, or the folder cannot be written.
     """
-    parts = urllib.parse.urlsplit(uri)
+    try:
+        parts = urllib.parse.urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"tracking: MLFLOW_TRACKING_URI={uri!r}: {first_line(error)}") from error
     if parts.scheme in ("http", "https"):
-        # urllib takes a user and password in the address for a part of the host's name.
-        server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-        try:
-            urllib.request.urlopen(f"{server}/health", timeout=_SECONDS_TO_ANSWER).close()
-        except urllib.error.HTTPError:
-            return  # somebody answers; whether we may log is for MLflow to say
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or first_line(error)
-            raise UserError(
-                f"tracking: no MLflow server answers at {without_password(uri)} "
-                f"(MLFLOW_TRACKING_URI): {reason}; start it, or unset the variable to use a file"
-            ) from error
+        _check_server(uri, parts)
     elif parts.scheme == "sqlite":
-        key = f"tracking ({'MLFLOW_TRACKING_URI' if _from_environment() else 'working directory'})"
-        writable_folder(Path(uri.removeprefix("sqlite:///")).parent, key)
-    elif parts.scheme in ("", "file"):
-        writable_folder(parts.path, "tracking (MLFLOW_TRACKING_URI)")
+        _check_sqlite(uri)
+    elif parts.scheme.partition("+")[0] not in _OTHER_STORES:
+        raise UserError(
+            f"tracking: MLFLOW_TRACKING_URI={without_password(uri)!r} is neither an MLflow server "
+            "nor a database; use http(s)://HOST:PORT, sqlite:///FILE or postgresql://…"
+        )
+
+
+def _check_server(uri: str, parts: urllib.parse.SplitResult) -> None:
+    # urllib takes a user and password in the address for a part of the host's name.
+    server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    try:
+        urllib.request.urlopen(f"{server}/health", timeout=_SECONDS_TO_ANSWER).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers; whether we may log is for MLflow to say
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or first_line(error)
+        raise UserError(
+            f"tracking: no MLflow server answers at {without_password(uri)} "
+            f"(MLFLOW_TRACKING_URI): {reason}; start it, or unset the variable to use a file"
+        ) from error
+
+
+def _check_sqlite(uri: str) -> None:
+    file = Path(uri.removeprefix("sqlite:///"))
+    key = "MLFLOW_TRACKING_URI" if _from_environment() else "working directory"
+    if not uri.startswith("sqlite:///") or not file.name:
+        raise UserError(f"tracking: {uri!r} names no file; use sqlite:///FILE ({key})")
+    try:
+        if file.exists() and (not file.is_file() or not _is_database(file)):
+            raise UserError(f"tracking: {file.absolute()} is no SQLite database ({key})")
+    except OSError as error:
+        raise UserError(f"tracking: {file}: {error.strerror} ({key})") from error
+    writable_folder(file.parent, f"tracking ({key})")
+
+
+def _is_database(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(16) in (b"", b"SQLite format 3\0")
 
 
 class RunLog:
@@ -89,6 +117,7 @@ class RunLog:
             with _alone_while_created(uri):
                 self._client: MlflowClient = mlflow.MlflowClient(uri)
                 experiment = self._experiment(config.tracking.experiment)
+            mlflow.set_experiment(experiment_id=experiment)  # where the model is logged, too
             run = self._client.create_run(
                 experiment,
                 run_name=run_name,

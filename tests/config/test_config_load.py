@@ -77,9 +77,9 @@ BAD_VALUES = {
     "train.lr=true": ("train.lr = True", "number"),
     "tracking.experiment=5": ("tracking.experiment = 5", "string"),
     "model.pretrained=1": ("model.pretrained = 1", "boolean"),
-    "mint.taps=layer2": ("mint.taps = 'layer2'", "tuple"),
-    "data=5": ("data = 5", "Data"),
-    "train=null": ("train = None", "Train"),
+    "mint.taps=layer2": ("mint.taps = 'layer2'", "a list"),
+    "data=5": ("data = 5", "mapping"),
+    "train=null": ("train = None", "mapping"),
     # out of range
     "train.epochs=0": ("train.epochs = 0", "1"),
     "train.lr=0": ("train.lr = 0", "greater than 0"),
@@ -90,7 +90,7 @@ BAD_VALUES = {
     "data.channels=2": ("data.channels = 2", "1 or 3"),
     "data.source=hub": ("data.source = 'hub'", "'digits' or 'parquet'"),
     "evaluation.fprs=[0.1,2]": ("evaluation.fprs.1 = 2", "less than 1"),
-    "evaluation.fprs=[]": ("evaluation.fprs = []", "at least 1"),
+    "evaluation.fprs=[]": ("evaluation.fprs = []", "empty"),
     "name=a.b": ("name = 'a.b'", "pattern"),
     "tracking.model_name=a/b": ("tracking.model_name = 'a/b'", "pattern"),
     # several values that do not go together
