@@ -112,6 +112,8 @@ def test_a_run_and_its_model_go_through_a_server(
     }
     losses = client.get_metric_history(log.run_id, "train/task_loss")
     assert [(point.step, point.value) for point in losses] == [(1, 1.0), (2, 0.5)]
+    logged = client.search_logged_models([run.info.experiment_id])
+    assert len(logged) == 2  # beside their run, not in the default experiment
     client.set_registered_model_alias("amint-digits", "champion", "2")
     images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
     with torch.inference_mode():
@@ -171,6 +173,19 @@ def test_a_database_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes no run") as caught:
         RunLog(f"sqlite:///{path}", load_config("digits"), run_name="r", tags={})
     assert "\n" not in str(caught.value)
+
+
+def test_loading_where_nothing_was_trained_says_so_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(mlflow, "is_tracking_uri_set", lambda: False)  # as in a new process
+    with pytest.raises(UserError, match=r"there is no mlflow\.db"):
+        amint_ray.load("models:/amint-digits/1")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_passwords_are_not_shown() -> None:
