@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,12 @@ def test_mlflow_run_is_complete(run: Run) -> None:
     assert record.data.params["loss.lambda_mint"] == "0.03"
     assert record.data.tags["amint.recipe"] == "digits"
     assert record.data.tags["amint.manifest_fingerprint"] == run.document["manifest_fingerprint"]
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert record.data.tags["mlflow.source.git.commit"] == head.stdout.strip()
+    versions = json.loads(run.artifact("environment.json").read_text())["packages"]
+    assert versions["ray"] == importlib.metadata.version("ray")
     for name in ("train/task_loss", "train/mint_loss", "calibration/task_accuracy"):
         history = run.client.get_metric_history(record.info.run_id, name)
         assert [point.step for point in history] == list(range(1, EPOCHS + 1))
