@@ -16,7 +16,6 @@ import torch
 from amint_ray.config.load import load_config
 from amint_ray.contracts import Role
 from amint_ray.data.loading import MemoryStreams
-from amint_ray.data.roles import build_manifest
 from amint_ray.data.sources import load_source
 from amint_ray.evaluation.metrics import auc
 from amint_ray.model.joint import plan_architecture
@@ -34,14 +33,7 @@ def measure(lambda_mint: float, seed: int) -> tuple[float, float]:
         [f"loss.lambda_mint={lambda_mint}", f"data.split_seed={seed}", f"train.seed={seed}"],
     )
     source = load_source(config.data)
-    manifest = build_manifest(
-        source.sample_id,
-        source.content,
-        source.label,
-        source.official_test,
-        shares=config.data.shares,
-        seed=config.data.split_seed,
-    )
+    manifest = source.manifest(config.data)
     streams = MemoryStreams(source.images, manifest, config, rank=0, world_size=1)
     architecture = plan_architecture(config, len(source.class_names))
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,6 @@ from PIL import Image
 from amint_ray.config.load import load_config, recipe_names
 from amint_ray.contracts import Role
 from amint_ray.data.loading import MemoryStreams, check_roles
-from amint_ray.data.roles import build_manifest
 from amint_ray.data.sources import load_source
 from amint_ray.evaluation.report import evaluate
 from amint_ray.model.joint import plan_architecture
@@ -50,14 +49,7 @@ def test_recipe_trains_one_epoch_and_is_measured(recipe: str, tmp_path: Path) ->
         overrides.append("data.limit=60")
     config = load_config(recipe, overrides)
     source = load_source(config.data)
-    manifest = build_manifest(
-        source.sample_id,
-        source.content,
-        source.label,
-        source.official_test,
-        shares=config.data.shares,
-        seed=config.data.split_seed,
-    )
+    manifest = source.manifest(config.data)
     check_roles(manifest, config)
     architecture = plan_architecture(config, len(source.class_names))
     assert architecture.early_exit

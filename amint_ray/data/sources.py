@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from amint_ray.config.schema import Data
 from amint_ray.contracts import UserError, first_line
-from amint_ray.data.roles import content_hash
+from amint_ray.data.roles import Manifest, build_manifest, content_hash
 
 # A larger label is a mistake (an identifier, a hash), not one of that many classes.
 _MOST_CLASSES = 1_000_000
@@ -45,6 +45,17 @@ class ImageSet:
     content: list[str]
     official_test: npt.NDArray[np.bool_]
     class_names: list[str]
+
+    def manifest(self, config: Data) -> Manifest:
+        """Who gets which role, by the configuration's shares and split seed."""
+        return build_manifest(
+            self.sample_id,
+            self.content,
+            self.label,
+            self.official_test,
+            shares=config.shares,
+            seed=config.split_seed,
+        )
 
 
 @dataclass(frozen=True)

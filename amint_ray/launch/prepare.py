@@ -16,7 +16,7 @@ import torch
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Watcher
 from amint_ray.data.loading import check_roles
-from amint_ray.data.roles import Manifest, build_manifest
+from amint_ray.data.roles import Manifest
 from amint_ray.data.sources import load_source
 from amint_ray.launch.cluster import address_of, check_address, local_cores, plan_workers
 from amint_ray.model.backbone import create_backbone
@@ -85,14 +85,7 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
         )
     watcher.phase(f"reading {config.data.source}")
     source = load_source(config.data, lambda done, total: watcher.event(_reading(done, total)))
-    manifest = build_manifest(
-        source.sample_id,
-        source.content,
-        source.label,
-        source.official_test,
-        shares=config.data.shares,
-        seed=config.data.split_seed,
-    )
+    manifest = source.manifest(config.data)
     check_roles(manifest, config)
     prepared = Prepared(
         config=config,
