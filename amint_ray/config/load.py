@@ -140,12 +140,12 @@ def _explain(error: ErrorDetails) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or "the configuration"
-    value = _Shown(error["input"])
+    value = _shown(error["input"])
     if error["type"] == "extra_forbidden":
         valid = _keys_at(path[:-1])
         hint = _nearest(path, valid)
         where = f"in {'.'.join(path[:-1])!r}" if path[:-1] else "at the top level"
-        return f"unknown key {key!r} (value {value!r}){hint}; keys {where}: {', '.join(valid)}"
+        return f"unknown key {key!r} (value {value}){hint}; keys {where}: {', '.join(valid)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if error["type"] in ("model_type", "dict_type"):
@@ -156,19 +156,12 @@ def _explain(error: ErrorDetails) -> str:
         message = "the list is empty"
     if isinstance(error["input"], dict | BaseModel) and error["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key} = {value!r}: {message}"
+    return f"{key} = {value}: {message}"
 
 
-class _Shown:
+def _shown(value: Any) -> str:
     """A value cut to what fits into a line."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __repr__(self) -> str:
-        return textwrap.shorten(repr(self._value), 80, placeholder=" …")[:80]
-
-    __str__ = __repr__
+    return textwrap.shorten(repr(value), 80, placeholder=" …")[:80]
 
 
 def _nearest(path: Sequence[str], valid: Sequence[str]) -> str:

@@ -9,8 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
@@ -39,7 +37,7 @@ class Fitted:
 
 def fit(
     prepared: Prepared,
-    images: npt.NDArray[np.uint8],
+    images: ray.ObjectRef,
     opening: Future[RunLog],
     watcher: Watcher,
     *,
@@ -50,8 +48,7 @@ def fit(
 
     Args:
         prepared: the run's settings.
-        images: in the manifest's order. They go into Ray's object store, once for all workers of a
-            node.
+        images: in Ray's object store, in the manifest's order; the workers of a node share them.
         opening: the MLflow run, perhaps still on its way; gets each epoch's metrics.
         watcher: gets the loop's news.
         workers: how many.
@@ -67,7 +64,7 @@ def fit(
             "config": config,
             "run_name": prepared.run_name,
             "architecture": prepared.architecture,
-            "images": ray.put(images),
+            "images": images,
             "manifest": ray.put(prepared.manifest),
         },
         scaling_config=ray.train.ScalingConfig(

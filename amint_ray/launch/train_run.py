@@ -49,10 +49,14 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
             gpus=cluster.get("GPU", 0),
         )
         with recording(prepared, watcher) as opening:
+            import ray
+
             from amint_ray.launch.fit import fit
             from amint_ray.launch.record import record
 
-            fitted = fit(prepared, images, opening, watcher, workers=workers, use_gpu=use_gpu)
+            stored = ray.put(images)
+            del images  # from here on the object store's copy is the only one
+            fitted = fit(prepared, stored, opening, watcher, workers=workers, use_gpu=use_gpu)
             for phase, seconds in fitted.seconds.items():
                 clock.add(phase, seconds)
             watcher.phase("recording")
