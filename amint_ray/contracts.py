@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,14 @@ if TYPE_CHECKING:  # to be imported in no time, before Ctrl-C can be taken care 
     import numpy as np
     import numpy.typing as npt
     import torch
+
+
+RESERVED_OPTIONS = {
+    *("num_classes", "in_chans", "pretrained", "features_only", "scriptable", "exportable"),
+    *("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "no_jit"),
+}
+"""What `model.options` must not hold: what amint_ray sets itself, what would read or fetch a file
+(a registered model must not depend on one), and what makes something else than a classifier."""
 
 
 class UserError(Exception):
@@ -56,13 +64,19 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Batch:
-    """One joint step's samples: the rows of D first, then the rows of E.
+    """One joint step's samples: rows that train the task first, then rows for the head alone.
+
+    Where the head reads the task's own views, these are D, then E. Where the task is augmented and
+    the head reads plain views, they are D augmented, then D plain, then E plain.
 
     Attributes:
-        images: (n_task + n_external, channels, height, width), as the backbone takes them.
-        labels: (n_task,) int64 class indices of the D rows.
-        membership: (n_task + n_external,) what the MINT head should say: 1 for D, 0 for E.
-        told: (n_task + n_external,) bool, rows that train the MINT head (false: withheld).
+        images: (n, channels, height, width), as the backbone takes them.
+        labels: (n,) int64 class indices; those behind `n_task` never reach the task loss.
+        n_task: how many leading rows train the task.
+        head_from: first row that the head reads.
+        membership: (n - head_from,) what the MINT head should say: 1 for D, 0 for E.
+        told: (n - head_from,) bool, rows that train the MINT head (false: withheld).
+        sample_id: (n,) the source's names.
         task_per_worker: rows of D in the *global* batch, divided by the number of workers. A
             worker divides its summed task loss by this, so that DDP's mean of gradients is the
             gradient of the mean over the global batch, however the rows are dealt out
@@ -72,26 +86,49 @@ class Batch:
 
     images: torch.Tensor
     labels: torch.Tensor
+    n_task: int
+    head_from: int
     membership: torch.Tensor
     told: torch.Tensor
+    sample_id: npt.NDArray[np.str_]
     task_per_worker: float
     told_per_worker: float
 
-    @property
-    def n_task(self) -> int:
-        """How many leading rows belong to D."""
-        return len(self.labels)
-
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return Batch(
+        return replace(
+            self,
             images=self.images.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             membership=self.membership.to(device, non_blocking=True),
             told=self.told.to(device, non_blocking=True),
-            task_per_worker=self.task_per_worker,
-            told_per_worker=self.told_per_worker,
         )
+
+    def split(self, parts: int) -> list[Batch]:
+        """Micro-batches whose losses add up to this batch's: the divisors stay the same.
+
+        Part i takes the rows i, i + parts, … of each kind, so that D and E are mixed alike in all.
+        """
+        if parts == 1:
+            return [self]
+        batches = []
+        for i in range(parts):
+            task = range(i, self.n_task, parts)
+            rows = [*task, *range(self.n_task + i, len(self.images), parts)]
+            of_head = [row - self.head_from for row in rows if row >= self.head_from]
+            batches.append(
+                replace(
+                    self,
+                    images=self.images[rows],
+                    labels=self.labels[rows],
+                    n_task=len(task),
+                    head_from=len(task) if self.head_from else 0,
+                    membership=self.membership[of_head],
+                    told=self.told[of_head],
+                    sample_id=self.sample_id[rows],
+                )
+            )
+        return batches
 
 
 @dataclass(frozen=True)

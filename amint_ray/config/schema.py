@@ -8,14 +8,21 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-RESERVED_OPTIONS = {
-    *("num_classes", "in_chans", "pretrained", "features_only", "scriptable", "exportable"),
-    *("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "no_jit"),
-}
-"""What `model.options` must not hold: what amint_ray sets itself, what would read or fetch a file
-(a registered model must not depend on one), and what makes something else than a classifier."""
+from amint_ray.contracts import RESERVED_OPTIONS
+
+
+def _listed(value: Any) -> Any:
+    """One name may stand without its list."""
+    return (value,) if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -32,7 +39,7 @@ class Section(BaseModel):
 
 Share = Annotated[float, Field(ge=0, le=1)]
 # YAML has lists only; a tuple cannot be changed behind the frozen config's back.
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_listed)]
 
 
 class Shares(Section):
@@ -82,6 +89,9 @@ class Data(Section):
     """Subtracted from every pixel after scaling to [0, 1]."""
     std: Annotated[float, Field(gt=0)] = 0.5
     """Every pixel is divided by this afterwards."""
+    augment: Literal["none", "crop_flip"] = "none"
+    """How the task sees D in training. `crop_flip`: shifted by up to an eighth of the side on black
+    ground, and flipped half the time. Nothing is augmented when scored."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first so many images of each official split; all of them by default."""
     memory_gib: Annotated[float, Field(gt=0)] = 8.0
@@ -124,57 +134,111 @@ class Model(Section):
 class Mint(Section):
     """The membership-inference (MINT) head and where it reads."""
 
-    taps: Annotated[Names, Field(min_length=1)] = ("layer2", "layer3")
-    """Names of the backbone's modules whose outputs the head reads, shallowest first. The paper
-    found two better than one on a CNN."""
-    head: Literal["conv", "tokens"] = "conv"
-    """`conv`: the paper's for feature maps. `tokens`: the paper's for ViTs."""
+    taps: Annotated[Names, Field(min_length=1)] = ("middle",)
+    """Where the head reads: `entry`, `middle` or `output`, which mean two modules each on any
+    backbone (`amint taps BACKBONE` shows them), or names and globs of modules, in any order.
+    The paper found two better than one on a CNN. The deeper the last one, the dearer the step, and
+    the more the two tasks disturb each other."""
+    head: Literal["attention", "conv", "tokens"] = "attention"
+    """`attention`: learned queries over positions or tokens, for any backbone. `conv`: the paper's
+    for CNNs. `tokens`: the paper's for ViTs, one linear layer over all that the taps give."""
     channels: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Filters of each branch's convolutions (`conv`)."""
+    """Features a position is projected to (`attention`); filters of each convolution (`conv`)."""
+    queries: Annotated[int, Field(ge=1, le=256)] = 8
+    """Learned queries a tap (`attention`)."""
     hidden: Annotated[int, Field(ge=1, le=65536)] = 128
-    """Width of the fully connected layer behind the joined branches (`conv`)."""
+    """Width of the fully connected layer behind the joined taps (`attention`, `conv`)."""
+    pool: Annotated[int, Field(ge=1)] | None = 4
+    """Larger maps are averaged to this many positions a side before the first convolution (`conv`);
+    null: never, as in the paper, which on large maps costs more than the backbone."""
+    inputs: Annotated[
+        tuple[Literal["logits", "loss"], ...], Field(strict=False), BeforeValidator(_listed)
+    ] = ()
+    """What else the head reads, in training as in scoring: the task's `logits`, the task `loss`
+    (whoever asks the model must then give labels). E's rows must then pass the whole backbone, its
+    BatchNorm statistics included; no gradient goes back through these inputs."""
+    detach: bool = False
+    """Stop the head's gradient at the taps: the audited model is then trained plainly, and E's rows
+    cost a third."""
+    views: Literal["plain", "task"] = "plain"
+    """What the head sees where `data.augment` changes what the task sees. `plain`: D and E as they
+    will be scored, D in rows of its own. `task`: D and E augmented alike, in the task's rows."""
 
-    @field_validator("taps")
+    @field_validator("taps", "inputs")
     @classmethod
-    def _distinct(cls, taps: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(taps)) < len(taps):
-            raise ValueError("the same tap is named twice")
-        return taps
+    def _distinct(cls, items: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(items)) < len(items):
+            raise ValueError("the same name stands there twice")
+        return items
 
 
 class Loss(Section):
-    """L = λ₁·L_task/‖L_task‖ + λ₂·L_MINT/‖L_MINT‖, as in the paper."""
+    """L = λ₁·s₁·L_task + λ₂·s₂·L_MINT; the paper's scales s are 1/‖L‖."""
 
     lambda_task: Annotated[float, Field(gt=0)] = 1.0
     """λ₁."""
     lambda_mint: Annotated[float, Field(ge=0)] = 1.0
     """λ₂. At 0 the model is trained plainly: no external image is loaded, no loss is rescaled."""
-    weighting: Literal["initial", "ema", "none"] = "initial"
-    """What ‖·‖ is. `initial`: the loss's value in the first batch (the authors' notebooks). `ema`:
-    its running mean. `none`: 1."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """λ₂ rises from 0 to its value, linearly over the steps of so many epochs."""
+    weighting: Literal["initial", "ema", "none", "uncertainty", "gradnorm"] = "initial"
+    """What s is. `initial`: 1/loss in the first batch (the authors' notebooks). `ema`: 1/running
+    mean of the loss. `none`: 1. `uncertainty`: learned, after Kendall et al. 2018. `gradnorm`:
+    equal gradients at the last tap, after Chen et al. 2018. Equations in train/weighting.py."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    """How much of the running mean stays at each step (`ema`)."""
+    """How much of a running mean stays at each step (`ema`, `gradnorm`)."""
+    uncertainty_lr: Annotated[float, Field(gt=0)] = 0.02
+    """Learning rate of the two log-variances (`uncertainty`)."""
+    gradnorm_alpha: Annotated[float, Field(ge=0)] = 1.5
+    """How much stronger the task that lags behind is pulled (`gradnorm`); 0: not at all."""
 
 
 class Train(Section):
     """The optimisation."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Initial weights, order of samples, dropout."""
+    """Initial weights, order of samples, augmentation, dropout."""
     epochs: Annotated[int, Field(ge=1)] = 50
     """Passes over D."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Images of D in one step, all workers together."""
     external_ratio: Annotated[float, Field(gt=0, le=16)] = 1.0
     """Images of E per image of D in one step."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """As timm's optimiser factory names them; `sgd` has momentum 0.9."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches that one step's batch is computed in, to save memory. The update is the same,
+    except that BatchNorm takes its statistics from the smaller batches."""
+    optimizer: Annotated[str, Field(min_length=1)] = "adam"
+    """Any name of `timm.optim.list_optimizers()`."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `timm.optim.create_optimizer_v2`, such as `{betas: [0.9, 0.95]}`."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate; the peak of it under `cosine`."""
+    """Learning rate, at its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """R(w⁺) of the paper."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` falls to 0 over the whole run."""
+    schedule: Literal["constant", "cosine", "step", "poly", "tanh"] = "constant"
+    """timm's schedules, updated at each step. `cosine`, `poly` and `tanh` reach `min_lr` at the
+    end; `step` multiplies by `decay_rate` every `decay_epochs`."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """The learning rate rises linearly from a thousandth of its peak, over so many epochs."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Where `cosine`, `poly` and `tanh` end."""
+    decay_epochs: Annotated[float, Field(gt=0)] = 30.0
+    """Epochs between two falls (`step`)."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What the learning rate is multiplied by (`step`); the power (`poly`)."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """`bfloat16` and `float16` compute under autocast, `float16` with loss scaling. Weights, losses
+    and scoring are float32 always."""
+    channels_last: bool = False
+    """Keep feature maps channels-last in memory; quicker for convolutions on many machines."""
+    compile: bool = False
+    """`torch.compile` the joint step's forward and backward pass: the first step takes a minute,
+    the others less time. Needs a C++ compiler."""
+    checkpoint_activations: bool = False
+    """Compute the insides of the backbone's blocks again in the backward pass instead of keeping
+    them: less memory, a third more time."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 10
     """Epochs between two checkpoints; the last epoch always has one. A run whose worker dies goes
     on from the last."""
@@ -257,6 +321,49 @@ class Config(Section):
                 "loss.lambda_mint > 0 needs external images: give data.shares.external a share"
             )
         return self
+
+    @model_validator(mode="after")
+    def _warm_ups_within_the_run(self) -> Config:
+        for key, epochs in (("loss", self.loss.warmup_epochs), ("train", self.train.warmup_epochs)):
+            if epochs > self.train.epochs:
+                raise ValueError(
+                    f"{key}.warmup_epochs = {epochs:g} is longer than train.epochs = "
+                    f"{self.train.epochs}"
+                )
+        if self.train.accumulate > self.train.batch_size:
+            raise ValueError(
+                f"train.accumulate = {self.train.accumulate} micro-batches cannot be made of "
+                f"train.batch_size = {self.train.batch_size} images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_that_gradnorm_reads(self) -> Config:
+        if self.loss.weighting == "gradnorm" and self.loss.lambda_mint > 0:
+            if self.mint.detach:
+                raise ValueError(
+                    "loss.weighting=gradnorm balances gradients, and with mint.detach=true the "
+                    "head sends none; use another weighting"
+                )
+            if self.train.compile:
+                raise ValueError(
+                    "loss.weighting=gradnorm reads gradients inside the backward pass, which "
+                    "train.compile=true does not let it; set one of the two otherwise"
+                )
+        return self
+
+    @property
+    def external_rows(self) -> int:
+        """Rows of E in a global batch."""
+        if self.loss.lambda_mint == 0:
+            return 0
+        return round(self.train.batch_size * self.train.external_ratio)
+
+    @property
+    def plain_rows(self) -> int:
+        """Rows of D in a global batch that only the head reads: plain where the task's are not."""
+        apart = self.data.augment != "none" and self.mint.views == "plain"
+        return self.train.batch_size if apart and self.loss.lambda_mint > 0 else 0
 
     @property
     def registered_model(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, ScoreBatch, UserError
 from amint_ray.data.roles import Manifest
-from amint_ray.data.transforms import to_model_input
+from amint_ray.data.transforms import crop_and_flip, to_model_input
 
 Positions = npt.NDArray[np.int64]
 
@@ -41,7 +41,7 @@ class MemoryStreams:
         self._told = role != Role.WITHHELD.value
         self._d = np.flatnonzero(np.isin(role, [r.value for r in Role if r.trains_task]))
         self._e = np.flatnonzero(role == Role.EXTERNAL.value)
-        self._external_rows = _external_rows(config)
+        self._external_rows = config.external_rows
         self._round: tuple[int, Positions] = (-1, self._e)
         self.steps_per_epoch = len(self._d) // config.train.batch_size
 
@@ -55,7 +55,7 @@ class MemoryStreams:
         for step in range(self.steps_per_epoch):
             d = order[step * size : (step + 1) * size]
             e = self._external(epoch * self.steps_per_epoch + step)
-            yield self._batch(d, e)
+            yield self._batch(d, e, epoch * self.steps_per_epoch + step)
 
     def score_batches(self, roles: Collection[Role]) -> Iterator[ScoreBatch]:
         """This rank's part of the samples with these roles, in the manifest's order."""
@@ -65,7 +65,7 @@ class MemoryStreams:
         for start in range(0, len(mine), size):
             rows = mine[start : start + size]
             yield ScoreBatch(
-                images=self._pixels(rows),
+                images=to_model_input(self._pixels(rows), self._config.data),
                 labels=torch.from_numpy(self._manifest.label[rows]),
                 sample_id=self._manifest.sample_id[rows],
                 role=self._manifest.role[rows],
@@ -91,28 +91,45 @@ class MemoryStreams:
             self._round = (number, _shuffled(self._e, seed, "external", number))
         return self._round[1]
 
-    def _batch(self, d: Positions, e: Positions) -> Batch:
-        mine_d, mine_e = d[self._rank :: self._world_size], e[self._rank :: self._world_size]
-        rows = np.concatenate([mine_d, mine_e])
-        told = int(self._told[d].sum()) + len(e)
+    def _batch(self, d: Positions, e: Positions, global_step: int) -> Batch:
+        """This rank's rows of a global batch: D as the task sees it, D plain if that differs, E."""
+        config, mine = self._config, slice(self._rank, None, self._world_size)
+        with_head = config.loss.lambda_mint > 0
+        plain_rows = config.plain_rows
+        mine_d, mine_e = d[mine], e[mine]
+        task, of_head = self._pixels(mine_d), [mine_d, mine_e] if plain_rows else [mine_e]
+        others = self._pixels(np.concatenate(of_head))
+        if config.data.augment == "crop_flip":
+            task = self._augmented(task, "task", len(d), global_step)
+            if not plain_rows:
+                others = self._augmented(others, "external", len(e), global_step)
+        rows = np.concatenate([mine_d, *of_head])
+        read = np.concatenate([mine_d, mine_e])
+        told = int(self._told[d].sum()) + len(e) if with_head else 0
         return Batch(
-            images=self._pixels(rows),
-            labels=torch.from_numpy(self._manifest.label[mine_d]),
+            images=to_model_input(torch.cat([task, others]), config.data),
+            labels=torch.from_numpy(self._manifest.label[rows]),
+            n_task=len(mine_d),
+            head_from=len(mine_d) if plain_rows else 0,
             membership=torch.cat([torch.ones(len(mine_d)), torch.zeros(len(mine_e))]),
-            told=torch.from_numpy(self._told[rows]),
+            told=torch.from_numpy(self._told[read]),
+            sample_id=self._manifest.sample_id[rows],
             task_per_worker=len(d) / self._world_size,
             told_per_worker=told / self._world_size,
         )
 
+    def _augmented(
+        self, images: torch.Tensor, stream: str, rows: int, global_step: int
+    ) -> torch.Tensor:
+        """This rank's images, moved by what is drawn for all `rows` of the global batch."""
+        random = _random(self._config.train.seed, f"augment {stream}", global_step)
+        reach = max(1, self._config.data.image_size // 8)
+        shift = random.integers(-reach, reach + 1, (rows, 2))[self._rank :: self._world_size]
+        flip = (random.random(rows) < 0.5)[self._rank :: self._world_size]
+        return crop_and_flip(images, shift=torch.from_numpy(shift), flip=torch.from_numpy(flip))
+
     def _pixels(self, rows: Positions) -> torch.Tensor:
-        return to_model_input(torch.from_numpy(self._images[rows]), self._config.data)
-
-
-def _external_rows(config: Config) -> int:
-    """Rows of E in a global batch."""
-    if config.loss.lambda_mint == 0:
-        return 0
-    return round(config.train.batch_size * config.train.external_ratio)
+        return torch.from_numpy(self._images[rows])
 
 
 def check_roles(manifest: Manifest, config: Config) -> None:
@@ -121,7 +138,7 @@ def check_roles(manifest: Manifest, config: Config) -> None:
     Raises:
         UserError: a role that is needed is empty, or a batch would lack D or E.
     """
-    if config.loss.lambda_mint > 0 and _external_rows(config) == 0:
+    if config.loss.lambda_mint > 0 and config.external_rows == 0:
         raise UserError(
             f"train.external_ratio = {config.train.external_ratio:g}: less than one image of E for "
             f"the {config.train.batch_size} of D in a batch; make one of the two larger"
@@ -147,5 +164,8 @@ def check_roles(manifest: Manifest, config: Config) -> None:
 
 def _shuffled(positions: Positions, seed: int, stream: str, number: int) -> Positions:
     """A permutation that is a function of its arguments alone."""
-    entropy = [seed, int.from_bytes(stream.encode(), "little"), number]
-    return np.random.default_rng(entropy).permutation(positions)
+    return _random(seed, stream, number).permutation(positions)
+
+
+def _random(seed: int, stream: str, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, int.from_bytes(stream.encode(), "little"), number])

@@ -20,7 +20,7 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
     """Score samples in evaluation mode.
 
     Args:
-        model: returns (task logits, membership logits) for images.
+        model: returns (task logits, membership logits) for images and their labels.
         batches: samples with evaluation transforms applied.
         device: where the model is.
     """
@@ -28,8 +28,8 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
     model.eval()
     parts = []
     for batch in batches:
-        logits, membership = model(batch.images.to(device))
         labels = batch.labels.to(device)
+        logits, membership = model(batch.images.to(device), labels=labels)
         loss = F.cross_entropy(logits.double(), labels, reduction="none")
         parts.append(
             ScoreTable(

@@ -23,6 +23,7 @@ from amint_ray.model.backbone import create_backbone
 from amint_ray.model.joint import Architecture, plan_architecture
 from amint_ray.storage import writable_folder
 from amint_ray.tracking.run_log import check_tracking, tracking_uri
+from amint_ray.train.update import create_update
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
     # Two classes stand for any number: taps and head do not depend on it, and a wrong tap should
     # not wait for a large source to be decoded.
     architecture = plan_architecture(config, num_classes=2)
+    create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
+    if config.loss.lambda_mint > 0 and not architecture.early_exit and not config.mint.inputs:
+        watcher.notice(
+            f"{config.model.backbone}: what comes behind {architecture.taps[-1].name} needs all "
+            "rows, so E goes through the whole backbone"
+        )
     if config.model.pretrained:
         watcher.phase(f"fetching weights of {config.model.backbone}")
         create_backbone(

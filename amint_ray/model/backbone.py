@@ -9,8 +9,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from amint_ray.config.schema import RESERVED_OPTIONS
-from amint_ray.contracts import UserError, first_line
+from amint_ray.contracts import RESERVED_OPTIONS, UserError, first_line
 
 
 def create_backbone(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
-from amint_ray.config.schema import Config, Mint
 from amint_ray.contracts import UserError
 from amint_ray.model.backbone import create_backbone
-from amint_ray.model.mint_head import create_head
-from amint_ray.model.taps import Tap, TapReader, probe_taps
+from amint_ray.model.mint_head import HeadSpec, MintHead
+from amint_ray.model.placement import resolve
+from amint_ray.model.survey import modes_agree, survey
+from amint_ray.model.taps import Tap, TapReader, allows_exit
+
+if TYPE_CHECKING:  # the model needs torch and timm alone
+    from amint_ray.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class Architecture:
         input_shape: (channels, height, width).
         taps: in order of execution.
         early_exit: whether E's rows can leave after the last tap.
-        mint: the head's configuration.
+        modes_agree: whether the backbone computes the same in training and in evaluation mode.
+        head: what the MINT head is built from.
+        detach: whether the head's gradient stops at the taps.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (for `from_json`)
 
     backbone: str
     options: dict[str, Any]
@@ -38,19 +44,30 @@ class Architecture:
     input_shape: tuple[int, int, int]
     taps: tuple[Tap, ...]
     early_exit: bool
-    mint: Mint
+    modes_agree: bool
+    head: HeadSpec
+    detach: bool
+
+    @property
+    def exits_early(self) -> bool:
+        """Whether E's rows do leave after the last tap: not where the head wants their logits."""
+        return self.early_exit and not self.head.inputs
 
     def to_json(self) -> str:
         """As JSON text."""
+        from pydantic import TypeAdapter
+
         return TypeAdapter(Architecture).dump_json(self, indent=2).decode()
 
-    @classmethod
-    def from_json(cls, text: str) -> Architecture:
+    @staticmethod
+    def from_json(text: str) -> Architecture:
         """From what `to_json` wrote.
 
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             return TypeAdapter(Architecture).validate_json(text)
         except ValidationError as error:
@@ -59,31 +76,52 @@ class Architecture:
 
 
 def plan_architecture(config: Config, num_classes: int) -> Architecture:
+    """The architecture that a configuration asks for; see `plan`."""
+    mint = config.mint
+    return plan(
+        config.model.backbone,
+        options=config.model.options,
+        num_classes=num_classes,
+        input_shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        taps=mint.taps,
+        head=HeadSpec(mint.head, mint.channels, mint.queries, mint.hidden, mint.pool, mint.inputs),
+        detach=mint.detach,
+    )
+
+
+def plan(
+    backbone: str,
+    *,
+    options: Mapping[str, Any],
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    taps: Sequence[str],
+    head: HeadSpec,
+    detach: bool = False,
+) -> Architecture:
     """Check backbone, taps and head against each other, on the meta device: no memory, no time.
 
     Raises:
         UserError: they do not fit; the text names the key.
     """
-    input_shape = (config.data.channels, config.data.image_size, config.data.image_size)
     with torch.device("meta"):
-        backbone = create_backbone(
-            config.model.backbone,
-            num_classes=num_classes,
-            channels=config.data.channels,
-            options=config.model.options,
+        probe = create_backbone(
+            backbone, num_classes=num_classes, channels=input_shape[0], options=options
         )
-        if sum(p.numel() for p in backbone.parameters()) == 0:
-            raise UserError(f"model.backbone = {config.model.backbone!r} has no weights to train")
-        taps, early_exit = probe_taps(backbone, config.mint.taps, input_shape)
-        create_head(config.mint, taps)
+        if sum(p.numel() for p in probe.parameters()) == 0:
+            raise UserError(f"model.backbone = {backbone!r} has no weights to train")
+        found = tuple(map(Tap.at, resolve(probe, survey(probe, input_shape), taps)))
+        MintHead(head, found, num_classes)
     return Architecture(
-        backbone=config.model.backbone,
-        options=dict(config.model.options),
+        backbone=backbone,
+        options=dict(options),
         num_classes=num_classes,
         input_shape=input_shape,
-        taps=taps,
-        early_exit=early_exit,
-        mint=config.mint,
+        taps=found,
+        early_exit=allows_exit(probe, found, input_shape),
+        modes_agree=modes_agree(probe, input_shape),
+        head=head,
+        detach=detach,
     )
 
 
@@ -105,31 +143,97 @@ class AuditedModel(nn.Module):
             pretrained=pretrained,
         )
         with torch.random.fork_rng(devices=[]):
-            self.head = create_head(architecture.mint, architecture.taps)
+            self.head = MintHead(architecture.head, architecture.taps, architecture.num_classes)
         self._taps = TapReader(self.backbone, [tap.name for tap in architecture.taps])
+        self._gradients: Callable[[int, torch.Tensor], None] | None = None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimiser factory leaves undecayed: the backbone's own choice."""
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {f"backbone.{name}" for name in names}
 
+    def watch_gradients(self, record: Callable[[int, torch.Tensor], None]) -> None:
+        """From now on tell `record` what reaches the last tap in a backward pass.
+
+        Args:
+            record: called with (0, gradient of the task's rows) and (1, the head's gradient).
+        """
+        self._gradients = record
+
     def forward(
-        self, images: torch.Tensor, *, n_task: int | None = None, mint: bool = True
+        self,
+        images: torch.Tensor,
+        *,
+        labels: torch.Tensor | None = None,
+        n_task: int | None = None,
+        head_from: int = 0,
+        mint: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Task logits and membership logits in one pass through the shared trunk.
 
         Args:
             images: (n, channels, height, width).
-            n_task: how many leading rows belong to D; the others (E) leave the backbone after the
+            labels: (n,) class indices, read only by a head with the task loss as an input.
+            n_task: how many leading rows train the task; the others leave the backbone after the
                 last tap and get no task logits. None: all rows get both.
+            head_from: first row that the head reads.
             mint: False leaves the head out, as plain training does.
 
         Returns:
-            (n_task or n, num_classes) task logits and (n,) membership logits (None if not `mint`).
+            (n_task or n, num_classes) task logits and (n - head_from,) membership logits (None if
+            not `mint`).
         """
-        # Without the head there is no E either, and the backbone runs as if nothing were hooked.
-        keep = n_task if mint and self.architecture.early_exit else None
-        with self._taps.reading(keep) as activations:
+        if not mint:  # then there is no E either, and the backbone runs as if nothing were hooked
+            return self.backbone(images)[:n_task], None
+        if self.architecture.detach and self.training:
+            return self._forward_detached(images, labels, n_task, head_from)
+        keep = n_task if self.architecture.exits_early else None
+        gradients = self._gradients if torch.is_grad_enabled() else None
+        with self._taps.reading(keep, gradients=gradients) as activations:
             logits = self.backbone(images)
-        membership = self.head(activations) if mint else None
+        if head_from:
+            activations = [a[head_from:] for a in activations]
+        read = logits[head_from:] if self.architecture.head.inputs else None
+        membership = self.head(activations, read, _from(labels, head_from))
         return logits[:n_task], membership
+
+    def _forward_detached(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        n_task: int | None,
+        head_from: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Plain training's own pass on D, and what the head reads without a gradient.
+
+        E must not reach D's pass, not even through BatchNorm's statistics: then the task's weights
+        are those of plain training. Nor may D and E look different to the head for any other reason
+        than membership: where the two modes differ, it reads both in evaluation mode, as it will
+        when it is asked. Where they agree, D's activations are at hand already.
+        """
+        n = len(images) if n_task is None else n_task
+        if self.architecture.modes_agree and head_from == 0 and not self.architecture.head.inputs:
+            with self._taps.reading() as of_d:
+                logits = self.backbone(images[:n])
+            of_e, _ = self._evidence(images[n:])
+            activations = [torch.cat([d.detach(), e]) for d, e in zip(of_d, of_e, strict=True)]
+            return logits, self.head(activations)
+        activations, read = self._evidence(images[head_from:])
+        membership = self.head(activations, read, _from(labels, head_from))
+        return self.backbone(images[:n]), membership
+
+    @torch.no_grad()
+    def _evidence(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Activations in evaluation mode, and the logits if the head reads them."""
+        logits = None
+        self.backbone.eval()
+        try:
+            with self._taps.reading(stop=not self.architecture.head.inputs) as activations:
+                logits = self.backbone(images)
+        finally:
+            self.backbone.train()
+        return activations, logits
+
+
+def _from(labels: torch.Tensor | None, start: int) -> torch.Tensor | None:
+    return None if labels is None else labels[start:]

@@ -4,80 +4,165 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from amint_ray.config.schema import Mint
 from amint_ray.contracts import UserError
 from amint_ray.model.taps import Tap
 
+HeadKind = Literal["attention", "conv", "tokens"]
+HeadInput = Literal["logits", "loss"]
 
-def create_head(config: Mint, taps: Sequence[Tap]) -> nn.Module:
-    """The head that the configuration names, sized for these taps.
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a MINT head is built from; `config.schema.Mint` explains each field."""
+
+    kind: HeadKind = "attention"
+    channels: int = 64
+    queries: int = 8
+    hidden: int = 128
+    pool: int | None = 4
+    inputs: tuple[HeadInput, ...] = ()
+
+
+class MintHead(nn.Module):
+    """A body that reads the taps, extra inputs where asked for, and one logit.
+
+    Args:
+        spec: kind and sizes.
+        taps: what the body reads.
+        num_classes: task logits, where they are an extra input.
 
     Raises:
         UserError: the head does not fit what a tap gives.
     """
-    if config.head == "tokens":
-        return TokensHead(taps)
-    for tap in taps:
-        if tap.layout == "NLC":
-            raise UserError(
-                f"mint.head = 'conv' reads feature maps, but {tap.name!r} gives tokens of shape "
-                f"{tap.shape}; use mint.head=tokens"
+
+    def __init__(self, spec: HeadSpec, taps: Sequence[Tap], num_classes: int) -> None:
+        super().__init__()
+        self._inputs = spec.inputs
+        extra = num_classes * ("logits" in spec.inputs) + ("loss" in spec.inputs)
+        if spec.kind == "tokens":
+            self.branches = nn.ModuleList(nn.Flatten() for _ in taps)
+            width = sum(math.prod(tap.shape) for tap in taps) + extra
+            self.fc: nn.Module = nn.Linear(width, 1)
+            return
+        if spec.kind == "conv":
+            self.branches = nn.ModuleList(ConvBranch(tap, spec.channels, spec.pool) for tap in taps)
+            width = spec.channels * len(taps) + extra
+        else:
+            self.branches = nn.ModuleList(
+                AttentionBranch(tap, spec.channels, spec.queries) for tap in taps
             )
-    return ConvHead(taps, channels=config.channels, hidden=config.hidden)
+            width = spec.channels * spec.queries * len(taps) + extra
+        self.fc = nn.Sequential(nn.Linear(width, spec.hidden), nn.ReLU(), nn.Linear(spec.hidden, 1))
+
+    def forward(
+        self,
+        activations: Sequence[torch.Tensor],
+        logits: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Membership logits.
+
+        Args:
+            activations: of each tap, (n, …).
+            logits: (n, num_classes) of the task, where `logits` or `loss` is an extra input. No
+                gradient goes back through them: E must not train the task's own layers.
+            labels: (n,) class indices, where `loss` is one.
+
+        Returns:
+            (n,) float logits; larger means "more likely a member".
+        """
+        evidence = [branch(a) for branch, a in zip(self.branches, activations, strict=True)]
+        if self._inputs:
+            assert logits is not None
+            told = logits.detach().float()
+            if "logits" in self._inputs:
+                evidence.append(told)
+            if "loss" in self._inputs:
+                assert labels is not None
+                evidence.append(F.cross_entropy(told, labels, reduction="none")[:, None])
+        membership: torch.Tensor = self.fc(torch.cat(evidence, dim=1)).squeeze(1)
+        return membership
 
 
-class ConvHead(nn.Module):
-    """The paper's head for CNNs (DeAlcala et al., ICCV 2025).
+class ConvBranch(nn.Module):
+    """The paper's branch for CNNs (DeAlcala et al., ICCV 2025).
 
-    A branch a tap (3×3 convolution, pooling, 3×3 convolution, global max-pooling), the branches
-    joined, a hidden layer, one logit.
+    3×3 convolution, pooling, 3×3 convolution, global max-pooling. Larger maps are averaged to
+    `pool`×`pool` first: on large maps the paper's own form costs more than many a backbone. Of
+    tokens it reads the image's own, laid out as the square that they are.
     """
 
-    def __init__(self, taps: Sequence[Tap], *, channels: int, hidden: int) -> None:
+    def __init__(self, tap: Tap, channels: int, pool: int | None) -> None:
         super().__init__()
-        self._channels_last = [tap.layout == "NHWC" for tap in taps]
-        self.branches = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(tap.shape[-1 if tap.layout == "NHWC" else 0], channels, 3, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(2, ceil_mode=True),  # ceil: a map of 1×1 stays one
-                nn.Conv2d(channels, channels, 3, padding=1),
-                nn.ReLU(),
-                nn.AdaptiveMaxPool2d(1),
-                nn.Flatten(),
+        if tap.layout == "NLC" and math.isqrt(tap.shape[0] - tap.prefix) ** 2 != (
+            tap.shape[0] - tap.prefix
+        ):
+            raise UserError(
+                f"mint.head = 'conv' reads maps, and the {tap.shape[0]} tokens of {tap.name!r} are "
+                "no square; use mint.head=attention or tokens"
             )
-            for tap in taps
+        self._tap = tap
+        side = tap.shape[1] if tap.layout == "NCHW" else tap.shape[0]
+        if tap.layout == "NLC":
+            side = math.isqrt(tap.shape[0] - tap.prefix)
+        self._pool = pool if pool is not None and pool < side else None
+        self.layers = nn.Sequential(
+            nn.Conv2d(tap.channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2, ceil_mode=True),  # ceil: a map of 1×1 stays one
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
         )
-        self.fc = nn.Sequential(
-            nn.Linear(channels * len(taps), hidden), nn.ReLU(), nn.Linear(hidden, 1)
-        )
 
-    def forward(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(n, …) activations of each tap → (n,) logits."""
-        maps = [
-            a.permute(0, 3, 1, 2) if last else a
-            for a, last in zip(activations, self._channels_last, strict=True)
-        ]
-        joined = torch.cat(
-            [branch(m) for branch, m in zip(self.branches, maps, strict=True)], dim=1
-        )
-        logits: torch.Tensor = self.fc(joined).squeeze(1)
-        return logits
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """(n, …) activation → (n, channels)."""
+        if self._tap.layout == "NLC":
+            own = activation[:, self._tap.prefix :]
+            side = math.isqrt(own.shape[1])
+            activation = own.transpose(1, 2).reshape(len(own), -1, side, side)
+        elif self._tap.layout == "NHWC":
+            activation = activation.permute(0, 3, 1, 2)
+        if self._pool is not None:
+            activation = F.adaptive_avg_pool2d(activation, self._pool)
+        evidence: torch.Tensor = self.layers(activation)
+        return evidence
 
 
-class TokensHead(nn.Module):
-    """The paper's head for ViTs: all tokens flattened, one linear layer, one logit."""
+class AttentionBranch(nn.Module):
+    """Attention pooling with learned queries over positions or tokens.
 
-    def __init__(self, taps: Sequence[Tap]) -> None:
+    Each position is normalised and projected to `channels` features; each query takes a weighted
+    mean of them, with weights of its own (the Set Transformer's pooling by multi-head attention,
+    Lee et al. 2019, arXiv 1810.00825, without its feed-forward layers). A learned offset tells the
+    positions apart, class and register tokens among them.
+    """
+
+    def __init__(self, tap: Tap, channels: int, queries: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(sum(math.prod(tap.shape) for tap in taps), 1)
+        self._maps = tap.layout != "NLC"
+        self._channels_first = tap.layout == "NCHW"
+        positions = math.prod(tap.shape) // tap.channels
+        self.norm = nn.LayerNorm(tap.channels)
+        self.project = nn.Linear(tap.channels, channels)
+        self.position = nn.Parameter(torch.randn(positions, channels) * 0.02)
+        self.score = nn.Linear(channels, queries)
 
-    def forward(self, activations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(n, …) activations of each tap → (n,) logits."""
-        joined = torch.cat([a.flatten(1) for a in activations], dim=1)
-        logits: torch.Tensor = self.fc(joined).squeeze(1)
-        return logits
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """(n, …) activation → (n, queries · channels)."""
+        if self._channels_first:
+            tokens = activation.flatten(2).transpose(1, 2)
+        else:
+            tokens = activation.flatten(1, 2) if self._maps else activation
+        features = self.project(self.norm(tokens)) + self.position
+        weights = self.score(F.relu(features)).softmax(dim=1)
+        pooled: torch.Tensor = weights.transpose(1, 2) @ features
+        return pooled.flatten(1)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from amint_ray.contracts import UserError, first_line
-
-Layout = Literal["NCHW", "NHWC", "NLC"]
+from amint_ray.contracts import UserError
+from amint_ray.model.survey import ROWS, Layout, Site, run
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,34 @@ class Tap:
         name: the module's dotted name in the backbone.
         shape: of one sample, without the batch dimension.
         layout: order of the dimensions, N being the batch.
+        prefix: class and register tokens in front of the image's own (`NLC`).
+        depth: share of the backbone's FLOPs that are done when the module has run, 0 to 1.
     """
 
     name: str
     shape: tuple[int, ...]
     layout: Layout
+    prefix: int = 0
+    depth: float = 1.0
+
+    @classmethod
+    def at(cls, site: Site) -> Tap:
+        """The tap of a site."""
+        return cls(site.name, site.shape, site.layout, site.prefix, site.depth)
+
+    @property
+    def channels(self) -> int:
+        """Features at each position."""
+        return self.shape[0] if self.layout == "NCHW" else self.shape[-1]
 
 
 class TapReader:
     """Forward hooks on the tapped modules; outside `reading` they change and keep nothing."""
 
     def __init__(self, backbone: nn.Module, names: Sequence[str]) -> None:
-        self._active = False
+        self._active = self._stop = False
         self._keep: int | None = None
+        self._gradients: Callable[[int, torch.Tensor], None] | None = None
         self._names = tuple(names)
         self._read: dict[str, torch.Tensor] = {}
         self._handles = [
@@ -47,35 +61,68 @@ class TapReader:
         ]
 
     @contextlib.contextmanager
-    def reading(self, keep: int | None) -> Iterator[list[torch.Tensor]]:
+    def reading(
+        self,
+        keep: int | None = None,
+        *,
+        stop: bool = False,
+        gradients: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Iterator[list[torch.Tensor]]:
         """Read the taps of the forward pass that runs within.
 
         Args:
             keep: how many leading rows go on behind the last tap; None: all. The head still gets
                 every row.
+            stop: end the pass after the last tap; nothing behind it is computed.
+            gradients: called in the backward pass with what reaches the last tap: from the task
+                (0, gradient) and from the head (1, gradient).
 
         Yields:
             A list that is filled with the activations, in the order of the names, at the end.
         """
         activations: list[torch.Tensor] = []
-        self._active, self._keep = True, keep
+        self._active, self._keep, self._stop, self._gradients = True, keep, stop, gradients
         try:
-            yield activations
+            # The pass that is stopped has done what it was asked for.
+            with contextlib.suppress(_Stop):
+                yield activations
             activations.extend(self._read[name] for name in self._names)
         finally:
             self._active, self._keep, self._read = False, None, {}
+            self._stop, self._gradients = False, None
 
     def pass_on(self, name: str, output: torch.Tensor, *, last: bool) -> torch.Tensor | None:
         """Called by the hooks: keep the output, and say what goes on instead of it."""
         if not self._active:
             return None
         self._read[name] = output
-        return output[: self._keep] if last and self._keep is not None else None
+        if not last:
+            return None
+        if self._stop:
+            raise _Stop
+        if self._gradients is not None:
+            return self._watch(name, output)
+        return output[: self._keep] if self._keep is not None else None
+
+    def _watch(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Two views of one output, so that the gradients that come back do so apart."""
+        gradients = self._gradients
+        assert gradients is not None
+        goes_on, is_read = output[: self._keep], output.view_as(output)
+        if output.requires_grad:
+            for which, tensor in enumerate((goes_on, is_read)):
+                tensor.register_hook(functools.partial(gradients, which))  # type: ignore[no-untyped-call]
+        self._read[name] = is_read
+        return goes_on
 
     def remove(self) -> None:
         """Take the hooks off the backbone."""
         for handle in self._handles:
             handle.remove()
+
+
+class _Stop(Exception):  # noqa: N818 (nothing went wrong)
+    """Ends a forward pass after the last tap."""
 
 
 class _Hook:
@@ -88,127 +135,20 @@ class _Hook:
         return self._reader.pass_on(self._name, output, last=self._last)
 
 
-def probe_taps(
-    backbone: nn.Module, names: Sequence[str], input_shape: tuple[int, int, int]
-) -> tuple[tuple[Tap, ...], bool]:
-    """Run the backbone once to learn what the taps give and whether rows can leave after the last.
+def allows_exit(
+    backbone: nn.Module, taps: Sequence[Tap], input_shape: tuple[int, int, int]
+) -> bool:
+    """Whether rows can leave after the last tap: found by letting one of three leave.
 
-    Args:
-        backbone: any device; on `meta` it costs nothing.
-        names: tapped modules.
-        input_shape: (channels, height, width).
-
-    Returns:
-        The taps in order of execution, and whether early exit works: in a backbone where a later
-        module also reads something computed before the last tap, the shapes no longer match.
-
-    Raises:
-        UserError: no such module, one that is not run or run twice, an output that is not one
-            tensor of features, or an input size that the backbone does not take.
+    In a backbone where a later module also reads something computed before the last tap, the shapes
+    no longer match. Training mode, since that is when rows leave.
     """
-    known = [name for name, _ in backbone.named_modules() if name]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            choice = near or [name for name, _ in backbone.named_children()]
-            raise UserError(
-                f"mint.taps = [{', '.join(names)}]: the backbone has no module {name!r}; "
-                f"{'near names' if near else 'its modules begin with'}: {', '.join(choice)}"
-            )
-    device = next(backbone.parameters()).device
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        images = torch.zeros(_ROWS, *input_shape, device=device)
-        taps = _describe(backbone, names, _outputs(backbone, names, images))
-        return taps, _allows_exit(backbone, taps, images)
-    finally:
-        backbone.train(was_training)
-
-
-# Of three rows two go on: one would broadcast where shapes should have clashed.
-_ROWS, _KEPT = 3, 2
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What a tapped module gave, and how often it had been written to by then."""
-
-    name: str
-    value: Any
-    version: int
-
-
-def _outputs(backbone: nn.Module, names: Sequence[str], images: torch.Tensor) -> list[_Output]:
-    """Run the backbone and note what the named modules give, in order of execution."""
-    seen: list[_Output] = []
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen.append(
-            _Output(name, output, getattr(output, "_version", 0))
-        )
-
-    handles = [backbone.get_submodule(n).register_forward_hook(note(n)) for n in names]
-    try:
-        with torch.no_grad():
-            logits = backbone(images)
-    except Exception as error:  # whatever a backbone makes of a size that is not its own
-        raise UserError(
-            f"data.image_size = {images.shape[-1]}: the backbone cannot take such images: "
-            f"{first_line(error)}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise UserError("model: with these options the backbone gives no class logits")
-    return seen
-
-
-def _allows_exit(backbone: nn.Module, taps: Sequence[Tap], images: torch.Tensor) -> bool:
-    """Whether the rest of the backbone works on the rows that go on behind the last tap."""
     reader = TapReader(backbone, [tap.name for tap in taps])
     try:
-        with torch.no_grad(), reader.reading(_KEPT):
-            return len(backbone(images)) == _KEPT
-    except Exception:  # whatever the backbone makes of rows that have left
+        with torch.no_grad(), reader.reading(ROWS - 1):
+            logits = run(backbone, input_shape, training=True)
+        return isinstance(logits, torch.Tensor) and len(logits) == ROWS - 1
+    except UserError:  # what `run` makes of whatever the backbone makes of rows that have left
         return False
     finally:
         reader.remove()
-
-
-def _describe(
-    backbone: nn.Module, names: Sequence[str], outputs: Sequence[_Output]
-) -> tuple[Tap, ...]:
-    """The taps in order of execution, or what is wrong with one of them."""
-    order = [output.name for output in outputs]
-    for name in names:
-        if order.count(name) != 1:
-            raise UserError(
-                f"mint.taps: module {name!r} runs {order.count(name)} times in a forward pass; "
-                "a tap must run exactly once"
-            )
-    taps = []
-    for output in outputs:
-        value = output.value
-        if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4) or len(value) != _ROWS:
-            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise UserError(
-                f"mint.taps: module {output.name!r} gives {got} for {_ROWS} images; a tap must "
-                "give feature maps (4 dimensions) or tokens (3 dimensions)"
-            )
-        if value._version != output.version:
-            # The head would see D's rows after the overwriting and E's, which left, before it.
-            raise UserError(
-                f"mint.taps: what module {output.name!r} gives is overwritten in place by a later "
-                "module; tap that one, or the block around both"
-            )
-        taps.append(Tap(output.name, tuple(value.shape[1:]), _layout(backbone, value)))
-    return tuple(taps)
-
-
-def _layout(backbone: nn.Module, output: torch.Tensor) -> Layout:
-    if output.ndim == 3:
-        return "NLC"
-    # timm's channels-last families (Swin, MetaFormer …) say so in this attribute.
-    return "NHWC" if str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC" else "NCHW"

@@ -86,15 +86,20 @@ class RegisteredModel:
         self._one_at_a_time = threading.Lock()
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor | npt.NDArray[Any]) -> Answer:
+    def __call__(
+        self,
+        images: torch.Tensor | npt.NDArray[Any],
+        labels: torch.Tensor | npt.NDArray[Any] | None = None,
+    ) -> Answer:
         """Task logits and membership scores.
 
         Args:
             images: (n, channels, height, width) pixels at the model's input size, either uint8 from
                 0 to 255 or floating point from 0 to 1. Normalisation is the model's business.
+            labels: (n,) class indices; needed where `needs_labels`, ignored elsewhere.
 
         Raises:
-            UserError: another shape, type or range.
+            UserError: another shape, type or range, or labels are missing.
         """
         try:
             batch = torch.as_tensor(images)
@@ -118,9 +123,33 @@ class RegisteredModel:
             raise UserError(f"images are {batch.dtype}; give uint8 or floating point")
         pixels = pixels.to(next(self.model.parameters()).device)
         normalised = (pixels - self.preprocessing.mean) / self.preprocessing.std
+        classes = self._checked(labels, len(batch)) if self.needs_labels else None
         with self._one_at_a_time:
-            logits, membership = self.model(normalised)
+            logits, membership = self.model(normalised, labels=classes)
         return Answer(logits, membership)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the MINT head reads the task loss, and so must be told the classes."""
+        return "loss" in self.model.architecture.head.inputs
+
+    def _checked(self, labels: torch.Tensor | npt.NDArray[Any] | None, rows: int) -> torch.Tensor:
+        """Labels as the head takes them."""
+        if labels is None:
+            raise UserError(
+                "this model's MINT head reads the task loss (mint.inputs): give the labels, (n,) "
+                "class indices, beside the images"
+            )
+        classes = torch.as_tensor(labels)
+        known = self.model.architecture.num_classes
+        if tuple(classes.shape) != (rows,) or classes.is_floating_point():
+            raise UserError(
+                f"labels are {classes.dtype} of shape {tuple(classes.shape)}; give ({rows},) "
+                "integers"
+            )
+        if rows and not (classes.min() >= 0 and classes.max() < known):
+            raise UserError(f"labels must be class indices from 0 to {known - 1}")
+        return classes.long().to(next(self.model.parameters()).device)
 
     def p_values(self, membership_scores: torch.Tensor) -> npt.NDArray[np.float64]:
         """Conformal p-value of each score against the stored calibration scores.
@@ -197,8 +226,11 @@ def register(
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    inputs = [TensorSpec(np.dtype("uint8"), (-1, *architecture.input_shape), "images")]
+    if "loss" in architecture.head.inputs:
+        inputs.append(TensorSpec(np.dtype("int64"), (-1,), "labels"))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *architecture.input_shape), "images")]),
+        inputs=Schema(inputs),
         outputs=Schema(
             [
                 TensorSpec(np.dtype("float32"), (-1, architecture.num_classes), "task_logits"),
@@ -282,12 +314,13 @@ class _PyFunc:
 
     def predict(
         self,
-        model_input: npt.NDArray[np.uint8] | dict[str, npt.NDArray[np.uint8]],
+        model_input: npt.NDArray[np.uint8] | dict[str, npt.NDArray[Any]],
         params: dict[str, Any] | None = None,
     ) -> dict[str, npt.NDArray[np.float32]]:
-        """Both outputs by name. The signature names its input, so MLflow may pass it as a dict."""
-        images = model_input["images"] if isinstance(model_input, dict) else model_input
-        return {name: value.cpu().numpy() for name, value in self._model(images)._asdict().items()}
+        """Both outputs by name. The signature names its inputs, so MLflow may pass a dict."""
+        named = model_input if isinstance(model_input, dict) else {"images": model_input}
+        answer = self._model(named["images"], named.get("labels"))
+        return {name: value.cpu().numpy() for name, value in answer._asdict().items()}
 
 
 def _load_pyfunc(path: str) -> _PyFunc:

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from amint_ray.config.load import fingerprint
-from amint_ray.config.schema import Config, Train
-from amint_ray.contracts import Role, RunContext, ScoreTable, Streams
+from amint_ray.config.schema import Config
+from amint_ray.contracts import Batch, Role, RunContext, ScoreTable, Streams
 from amint_ray.evaluation.scores import concatenate, score, write_scores
+from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.train.objective import Objective
-from amint_ray.train.reduce import share_buffers, sum_over_ranks
+from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
+from amint_ray.train.update import create_update, uncompiled
+from amint_ray.train.weighting import create_weighting
 
 SCORES = "scores.parquet"
 
@@ -69,7 +70,9 @@ def train(
             context.report(state.history[-1], _writer(state, config, architecture))
     trained = time.perf_counter()
     context.progress({"phase": "evaluate"})
-    scores = _gather(score(state.model, streams.score_batches(list(Role)), context.device), context)
+    with uncompiled():
+        part = score(state.model, streams.score_batches(list(Role)), context.device)
+    scores = _gather(part, context)
     evaluated = time.perf_counter()
     context.report(state.history[-1], _writer(state, config, architecture, scores))
     assert isinstance(state.model, AuditedModel)
@@ -91,26 +94,24 @@ def create_state(
     """A fresh model with its optimiser, drawn from `train.seed`."""
     torch.manual_seed(config.train.seed)
     model = AuditedModel(architecture, pretrained=config.model.pretrained).to(device)
-    objective = Objective(config.loss)
+    objective = Objective(
+        lambda_task=config.loss.lambda_task,
+        lambda_mint=config.loss.lambda_mint,
+        weighting=create_weighting(config.loss),
+        warmup_steps=config.loss.warmup_epochs * steps_per_epoch,
+    )
     if not objective.uses_mint:
         # A head that is not trained must not be decayed either, nor be waited for by DDP.
         model.head.requires_grad_(False)
-    momentum = {"momentum": 0.9} if config.train.optimizer == "sgd" else {}
-    optimizer = create_optimizer_v2(
-        model,
-        opt=config.train.optimizer,
-        lr=config.train.lr,
-        weight_decay=config.train.weight_decay,
-        **momentum,
-    )
-    steps = max(1, config.train.epochs * steps_per_epoch)
-    return TrainState(model, optimizer, _schedule(optimizer, config.train, steps), objective)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: Train, steps: int) -> LRScheduler:
-    if config.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    return LambdaLR(optimizer, lambda step: 1.0)
+    if objective.reads_gradients:
+        model.watch_gradients(objective.record)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.train.checkpoint_activations:
+        checkpoint_blocks(model.backbone)
+    if config.train.compile:
+        model.compile()
+    return TrainState(model, create_update(model, config.train, steps_per_epoch), objective)
 
 
 def _parallel(model: nn.Module, context: RunContext) -> nn.Module:
@@ -128,32 +129,37 @@ def _train_epoch(
     # Dropout and the like must not depend on how often a run was interrupted.
     torch.manual_seed(config.train.seed + 1_000_003 * (state.epoch + 1) + context.rank)
     model.train()
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.device)
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=context.device)
+    before: _Step | None = None
     started = time.perf_counter()
-    for step, batch in enumerate(streams.train_batches(state.epoch), start=1):
-        step_sums = train_step(
-            model, batch.to(context.device), state.objective, state.optimizer, state.scheduler
-        )
-        sums += step_sums
+    for number, batch in enumerate(streams.train_batches(state.epoch), start=1):
+        step = _Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
+        step.sums = train_step(model, batch.to(context.device), state.objective, state.update)
+        totals += step.sums
+        # One step later: reading a loss at once would have the GPU run dry.
+        _check(before)
+        before = step
         context.progress(
             {
                 "phase": "train",
-                "epoch": state.epoch + 1,
+                "epoch": step.epoch,
                 "epochs": config.train.epochs,
-                "step": state.epoch * streams.steps_per_epoch + step,
+                "step": step.number,
                 "steps": config.train.epochs * streams.steps_per_epoch,
             }
         )
+    _check(before)
     share_buffers(state.model)
-    entry = epoch_metrics(sums)
+    entry = epoch_metrics(totals)
     seconds = time.perf_counter() - started
-    entry |= _monitor(state.model, streams, context)
+    with uncompiled():
+        entry |= _monitor(state.model, streams, context)
     if broken := [name for name, value in entry.items() if not math.isfinite(value)]:
         raise FloatingPointError(
             f"{', '.join(broken)} not finite in epoch {state.epoch + 1}; lower train.lr"
         )
     entry["train/steps_per_second"] = streams.steps_per_epoch / seconds
-    entry["train/lr"] = float(state.optimizer.param_groups[0]["lr"])
+    entry["train/lr"] = float(state.update.optimizer.param_groups[0]["lr"])
     state.epoch += 1
     entry["epoch"] = state.epoch
     state.history.append(entry)
@@ -161,9 +167,8 @@ def _train_epoch(
 
 
 def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
-    """Means over all ranks' samples from this rank's `SUMS`."""
-    total, _ = sum_over_ranks(sums)
-    of = dict(zip(SUMS, total.tolist(), strict=True))
+    """Means over all ranks' samples from the epoch's `SUMS`."""
+    of = dict(zip(SUMS, sums.tolist(), strict=True))
     metrics = {
         "train/task_loss": of["task_loss"] / of["task_rows"],
         "train/task_accuracy": of["task_correct"] / of["task_rows"],
@@ -171,6 +176,39 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
     if of["told_rows"]:
         metrics["train/mint_loss"] = of["mint_loss"] / of["told_rows"]
     return metrics
+
+
+@dataclass
+class _Step:
+    """A step whose losses are still to be looked at; both counts from 1."""
+
+    number: int
+    epoch: int
+    batch: Batch
+    sums: torch.Tensor | None = None
+
+
+_NAMED = 32
+
+
+def _check(step: _Step | None) -> None:
+    """Stop at the first loss that is not finite. The sums are the same on every rank, so all do.
+
+    Raises:
+        FloatingPointError: names the step, the losses and the batch's samples.
+    """
+    if step is None or step.sums is None or bool(step.sums.isfinite().all()):
+        return
+    of = dict(zip(SUMS, step.sums.tolist(), strict=True))
+    task_loss = of["task_loss"] / of["task_rows"]
+    mint_loss = of["mint_loss"] / max(of["told_rows"], 1)
+    ids = list(dict.fromkeys(gather_lists(step.batch.sample_id.tolist())))
+    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    raise FloatingPointError(
+        f"step {step.number} (epoch {step.epoch}): task loss {task_loss:.4g}, MINT loss "
+        f"{mint_loss:.4g}; lower train.lr or set train.clip_grad; checkpoints of earlier epochs "
+        f"stay; samples of the batch: {', '.join(ids[:_NAMED])}{more}"
+    )
 
 
 def _monitor(model: nn.Module, streams: Streams, context: RunContext) -> dict[str, float]:

@@ -1,36 +1,66 @@
-"""The joint loss: L = λ₁·L_task/‖L_task‖ + λ₂·L_MINT/‖L_MINT‖ (DeAlcala et al., ICCV 2025)."""
+"""The joint loss: L = λ₁·s₁·L_task + λ₂·s₂·L_MINT (DeAlcala et al., ICCV 2025, with s = 1/‖L‖)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from amint_ray.config.schema import Loss
-from amint_ray.train.reduce import sum_over_ranks
+from amint_ray.train.weighting import Constant, Weighting
 
 
 class Objective:
-    """Weighs the two losses and remembers their normalisers.
+    """Weighs the two losses, and keeps what that needs from one step to the next.
 
-    The normaliser ‖ℓ‖ of a loss ℓ is, by `loss.weighting`,
+    With λ₂ = 0 there is one loss and nothing to balance: the objective is L_task itself.
 
-    - `initial`: ℓ in the first batch, ℓ₀ (the authors' notebooks);
-    - `ema`: m_t = β·m_{t−1} + (1 − β)·ℓ_t with m₀ = ℓ₀, the current batch included;
-    - `none`: 1.
-
-    Normalisers are constants to the gradient, and of the global batch: all ranks use the same. With
-    λ₂ = 0 there is one loss and nothing to balance, so the objective is L_task itself.
+    Args:
+        lambda_task: λ₁.
+        lambda_mint: λ₂.
+        weighting: gives the scales s; by default 1.
+        warmup_steps: λ₂ is multiplied by (t + 1)/warmup_steps in step t, counted from 0, and by no
+            more than 1.
     """
 
-    def __init__(self, config: Loss) -> None:
-        self._config = config
-        self._norms: torch.Tensor | None = None
+    def __init__(
+        self,
+        *,
+        lambda_task: float = 1.0,
+        lambda_mint: float = 1.0,
+        weighting: Weighting | None = None,
+        warmup_steps: float = 0.0,
+    ) -> None:
+        self._lambdas = torch.tensor([lambda_task, lambda_mint])
+        self._weighting = weighting or Constant()
+        self._warmup_steps = warmup_steps
+        self._step = 0
+        self._squares = torch.zeros(2)
 
     @property
     def uses_mint(self) -> bool:
         """Whether the MINT loss counts at all."""
-        return self._config.lambda_mint > 0
+        return bool(self._lambdas[1] > 0)
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether `record` wants the gradients at the last tap."""
+        return self.uses_mint and self._weighting.reads_gradients
+
+    @property
+    def wants_first_losses(self) -> bool:
+        """Whether `start` must be called before the next step."""
+        return self.uses_mint and self._step == 0 and self._weighting.reads_first_losses
+
+    def start(self, losses: torch.Tensor) -> None:
+        """Take the mean losses over the first global batch, (2,), before it changes anything."""
+        self._weighting.start(losses)
+
+    def weights(self) -> torch.Tensor:
+        """(2,) λ_i·s_i of the step to come."""
+        warm = min(1.0, (self._step + 1) / self._warmup_steps) if self._warmup_steps else 1.0
+        scales = self._weighting.scales()
+        return scales * self._lambdas.to(scales) * torch.tensor([1.0, warm]).to(scales)
 
     def __call__(self, task_loss: torch.Tensor, mint_loss: torch.Tensor | None) -> torch.Tensor:
         """The scalar to differentiate.
@@ -41,31 +71,39 @@ class Objective:
         """
         if mint_loss is None:
             return task_loss
-        losses = torch.stack([task_loss, mint_loss])
-        norms = self._update(losses.detach())
-        task, mint = losses / norms
-        total: torch.Tensor = self._config.lambda_task * task + self._config.lambda_mint * mint
-        return total
+        weights = self.weights().to(task_loss)
+        return weights[0] * task_loss + weights[1] * mint_loss
 
-    def _update(self, losses: torch.Tensor) -> torch.Tensor:
-        kind = self._config.weighting
-        if kind == "none":
-            return torch.ones_like(losses)
-        if self._norms is None or kind == "ema":
-            now, ranks = sum_over_ranks(losses)
-            now = now / ranks
-            beta = 0.0 if self._norms is None else self._config.ema_decay
-            before = now if self._norms is None else self._norms.to(losses.device)
-            self._norms = beta * before + (1 - beta) * now
-        norms = self._norms.to(losses.device)
-        # A loss that is exactly zero has nothing to be divided by.
-        return torch.where(norms > 0, norms, torch.ones_like(norms))
+    def record(self, which: int, gradient: torch.Tensor) -> None:
+        """Take what reaches the last tap from the task (0) or from the head (1)."""
+        square = gradient.detach().float().square().sum()
+        self._squares = self._squares.to(square).index_add(
+            0, torch.tensor([which], device=square.device), square[None]
+        )
 
-    def state_dict(self) -> dict[str, list[float] | None]:
-        """The normalisers as plain numbers."""
-        return {"norms": None if self._norms is None else self._norms.tolist()}
+    def recorded(self) -> torch.Tensor:
+        """(2,) squared norms of what was recorded since the last call; of this rank's rows."""
+        squares, self._squares = self._squares, torch.zeros(2)
+        return squares
 
-    def load_state_dict(self, state: Mapping[str, list[float] | None]) -> None:
-        """Go on with the normalisers that `state_dict` gave."""
-        norms = state["norms"]
-        self._norms = None if norms is None else torch.tensor(norms)
+    def update(self, losses: torch.Tensor, squares: torch.Tensor) -> None:
+        """Take the step that was just done.
+
+        Args:
+            losses: (2,) mean losses over the global batch.
+            squares: (2,) what `recorded` gave, summed over the ranks. Only the two norms' ratio is
+                used, so that a factor common to both does no harm.
+        """
+        if self.uses_mint:
+            weights = self.weights().to(squares)
+            self._weighting.update(losses, squares.sqrt() / weights)
+        self._step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as plain numbers."""
+        return {"step": self._step, "weighting": self._weighting.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` gave."""
+        self._step = state["step"]
+        self._weighting.load_state_dict(state["weighting"])

@@ -15,6 +15,15 @@ def sum_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
     return total, distributed.get_world_size()
 
 
+def gather_lists(items: list[str]) -> list[str]:
+    """Every rank's `items`, in the order of the ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return items
+    parts: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers.
 

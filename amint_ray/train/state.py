@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from amint_ray.train.objective import Objective
+from amint_ray.train.update import Update
 
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+WEIGHTS, UPDATE, STATE = "model.safetensors", "update.pt", "state.json"
 
 
 @dataclass
@@ -23,16 +23,14 @@ class TrainState:
 
     Attributes:
         model: the bare `AuditedModel`, not DDP around it.
-        optimizer: of the trainable parameters.
-        scheduler: of the learning rate.
-        objective: with its normalisers.
+        update: optimiser, schedule and loss scale.
+        objective: with its weighting.
         epoch: epochs done.
         history: one entry an epoch, as reported.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    update: Update
     objective: Objective
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -40,10 +38,7 @@ class TrainState:
     def save(self, folder: Path, *, config_fingerprint: str, architecture: str) -> None:
         """Write a checkpoint into an empty folder."""
         save_weights(self.model, folder / WEIGHTS)
-        torch.save(
-            {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
-            folder / OPTIMIZER,
-        )
+        torch.save(self.update.state_dict(), folder / UPDATE)
         description: dict[str, Any] = {
             "epoch": self.epoch,
             "history": self.history,
@@ -66,9 +61,8 @@ class TrainState:
                 f"this run has {config_fingerprint}"
             )
         self.model.load_state_dict(load_file(folder / WEIGHTS))
-        moving = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
-        self.optimizer.load_state_dict(moving["optimizer"])
-        self.scheduler.load_state_dict(moving["scheduler"])
+        moving = torch.load(folder / UPDATE, weights_only=True, map_location="cpu")
+        self.update.load_state_dict(moving)
         self.objective.load_state_dict(description["objective"])
         self.epoch, self.history = description["epoch"], description["history"]
 

@@ -2,76 +2,108 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.nn.parallel import DistributedDataParallel
 
 from amint_ray.contracts import Batch
+from amint_ray.model.blocks import frozen_statistics
 from amint_ray.train.objective import Objective
+from amint_ray.train.reduce import sum_over_ranks
+from amint_ray.train.update import Update, uncompiled
 
 SUMS = ("task_loss", "task_correct", "task_rows", "mint_loss", "told_rows")
 
 
 def train_step(
-    model: nn.Module,
-    batch: Batch,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
+    model: nn.Module, batch: Batch, objective: Objective, update: Update
 ) -> torch.Tensor:
     """One update of M⁺ = (w, θ) on one joint batch.
 
     Args:
         model: `AuditedModel`, or DDP around one.
-        batch: rows of D, then rows of E; E is empty where λ₂ = 0.
+        batch: this rank's rows; none behind `n_task` where λ₂ = 0.
         objective: weighs the two losses.
-        optimizer: over the trainable parameters of both.
-        scheduler: stepped once a batch.
+        update: optimiser, precision and the like.
 
     Returns:
-        (5,) float64, this rank's sums in the order of `SUMS`; to be summed over steps and ranks and
+        (5,) float64, the sums of all ranks in the order of `SUMS`; to be summed over steps and
         divided once.
     """
-    loss, sums = forward(model, batch, objective)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    scheduler.step()
+    parts = batch.split(update.accumulate)
+    if objective.wants_first_losses:
+        objective.start(_mean_losses(_measure(model, parts, update)))
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=batch.images.device)
+    for part in parts:
+        with _ranks_meet(model, part is parts[-1]):
+            with update.autocast():
+                loss, part_sums = forward(model, part, objective)
+            update.backward(loss)
+        sums += part_sums
+    squares = objective.recorded().to(sums)
+    update.step()
+    total, _ = sum_over_ranks(torch.cat([sums, squares]))
+    sums, squares = total[: len(SUMS)], total[len(SUMS) :]
+    objective.update(_mean_losses(sums), squares)
     return sums
 
 
 def forward(
     model: nn.Module, batch: Batch, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss to differentiate, and the sums that `train_step` returns.
+    """The loss to differentiate, and this rank's `SUMS`.
 
     D and E pass the shared trunk in one concatenated pass. Two passes would let BatchNorm tell the
     network which of the two it sees, and rows of E have no business behind the last tap.
     """
-    logits, membership = model(batch.images, n_task=batch.n_task, mint=objective.uses_mint)
-    task_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
+    logits, membership = model(
+        batch.images,
+        labels=batch.labels,
+        n_task=batch.n_task,
+        head_from=batch.head_from,
+        mint=objective.uses_mint,
+    )
+    labels = batch.labels[: batch.n_task]
+    task_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
     task_loss = task_sum / batch.task_per_worker
-    mint_loss, mint_sum = None, task_sum.new_zeros(())
+    mint_loss, mint_sum, told = None, task_sum.new_zeros(()), task_sum.new_zeros(())
     if membership is not None:
         # Weights, not indexing: picking rows by a mask would make the host wait for a GPU.
+        weight = batch.told.float()
         mint_sum = F.binary_cross_entropy_with_logits(
-            membership,
-            batch.membership.to(membership.dtype),
-            weight=batch.told.to(membership.dtype),
-            reduction="sum",
+            membership.float(), batch.membership.float(), weight=weight, reduction="sum"
         )
         mint_loss = mint_sum / (batch.told_per_worker or 1.0)
-    loss = objective(task_loss, mint_loss)
-    sums = torch.stack(
-        [
-            task_sum.detach().double(),
-            (logits.argmax(1) == batch.labels).sum().double(),
-            torch.full_like(task_sum, batch.n_task, dtype=torch.float64),
-            mint_sum.detach().double(),
-            batch.told.sum().double()
-            if membership is not None
-            else task_sum.new_zeros(()).double(),
-        ]
-    )
-    return loss, sums
+        told = weight.sum()
+    correct = (logits.argmax(1) == labels).sum()
+    rows = task_sum.new_full((), batch.n_task)
+    sums = [x.detach().double() for x in (task_sum, correct, rows, mint_sum, told)]
+    return objective(task_loss, mint_loss), torch.stack(sums)
+
+
+def _measure(model: nn.Module, parts: Sequence[Batch], update: Update) -> torch.Tensor:
+    """All ranks' sums of the batch as it will be seen in a moment, leaving no trace."""
+    traceless = (torch.random.fork_rng(), frozen_statistics(model), uncompiled())
+    with contextlib.ExitStack() as stack, torch.no_grad(), update.autocast():
+        for context in traceless:
+            stack.enter_context(context)
+        sums = torch.stack([forward(model, part, Objective())[1] for part in parts]).sum(0)
+    return sum_over_ranks(sums)[0]
+
+
+def _mean_losses(sums: torch.Tensor) -> torch.Tensor:
+    """(2,) mean task and MINT loss."""
+    task_loss, _, task_rows, mint_loss, told_rows = sums
+    return torch.stack([task_loss / task_rows, mint_loss / told_rows.clamp_min(1)]).float()
+
+
+def _ranks_meet(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Ranks exchange gradients once a step, after its last micro-batch."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    skip: contextlib.AbstractContextManager[None] = model.no_sync()
+    return skip
