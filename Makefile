@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format docs constraints clean
+.PHONY: help setup train test bench lint format docs constraints clean
 
 help:  ## Show what there is.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,9 @@ test: $(READY)  ## Lint and run every test.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: $(READY)  ## Measure the joint step against the audited-only step; takes half an hour.
+	$(BIN)/python -m benchmarks.step_time
 
 lint: $(READY)  ## ruff and mypy alone.
 	$(BIN)/ruff check .

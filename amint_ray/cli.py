@@ -88,6 +88,36 @@ def config(recipe: str, overrides: tuple[str, ...]) -> None:
     click.echo(to_yaml(load_config(recipe, overrides)), nl=False)
 
 
+@cli.command()
+@click.argument("backbone")
+@_OVERRIDES
+@click.option("--all", "every", is_flag=True, help="List every module that can be tapped.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def taps(backbone: str, overrides: tuple[str, ...], every: bool, as_json: bool) -> None:
+    """Show where a MINT head can read in BACKBONE, any classifier that timm knows.
+
+    Overrides are those of a run, for instance `data.image_size=32 model.options.patch_size=4`;
+    without a size, the backbone's own is taken.
+    """
+    from amint_ray.config.load import load_config
+
+    config = load_config(None, [f"model.backbone={backbone}", *overrides])
+    own_size = not any(override.startswith("data.image_size=") for override in overrides)
+    with _results_only(verbose=False) as stdout:
+        from amint_ray.launch.describe_taps import describe_taps
+
+        document = describe_taps(config, every=every, own_size=own_size)
+    if as_json:
+        json.dump(document, stdout, indent=2)
+        stdout.write("\n")
+    else:
+        from rich.console import Console
+
+        from amint_ray.display import print_taps
+
+        print_taps(document, Console(file=stdout, width=None if stdout.isatty() else 120))
+
+
 @contextlib.contextmanager
 def _results_only(*, verbose: bool) -> Iterator[TextIO]:
     """Keep stdout for the result: whatever libraries print there goes to stderr instead.

@@ -182,10 +182,48 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
         "MLflow run": f"{document['run_id']}  ({document['tracking_uri']})",
         "registered model": document["model_uri"],
         "load it": f"python -c 'import amint_ray; model = {document['load']}'",
+        "joint step": _flops(document["flops"]),
         "seconds": "  ".join(f"{name} {value:.1f}" for name, value in document["seconds"].items()),
     }
     for label, text in lines.items():
         console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _flops(flops: Mapping[str, float]) -> str:
+    """What the step cost, and how much of that was done in a second."""
+    return (
+        f"{flops['joint_step'] / 1e9:.3g} GFLOP, {flops['ratio']:.2f} times the audited-only "
+        f"step's; {flops['per_second'] / 1e9:.3g} GFLOP/s"
+    )
+
+
+def print_taps(document: Mapping[str, Any], console: Console) -> None:
+    """What can be tapped in a backbone."""
+    channels, height, width = document["input_shape"]
+    table = Table(title=f"{document['backbone']} on {channels}×{height}×{width}")
+    for heading in ("module", "class", "output", "order", "depth", "placement"):
+        table.add_column(heading, justify="right" if heading == "depth" else "left")
+    for module in document["modules"]:
+        shape = "×".join(map(str, module["shape"]))
+        prefix = module["prefix_tokens"]
+        table.add_row(
+            module["name"],
+            module["class"],
+            shape + (f" ({prefix} class or register)" if prefix else ""),
+            module["layout"],
+            f"{module['depth']:.1%}",
+            ", ".join(module["placements"]),
+        )
+    console.print(table)
+    for name, placement in document["placements"].items():
+        leaves = "E leaves there" if placement["early_exit"] else "E cannot leave there"
+        console.print(
+            f"{name:<7} {', '.join(placement['taps'])}: {leaves}; with as many images of E as of D "
+            f"the joint step costs {placement['flop_ratio']:.2f} times the audited-only step",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 _NO_VALUE = "–"

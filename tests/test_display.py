@@ -71,6 +71,7 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "tracking_uri": "sqlite:///mlflow.db",
         "model_uri": "models:/amint-digits/1",
         "load": 'amint_ray.load("models:/amint-digits/1")',
+        "flops": {"joint_step": 3.2e9, "task_step": 2e9, "ratio": 1.6, "per_second": 6.4e10},
         "seconds": {"train": 1.0, "total": 2.0},
     }
     out = io.StringIO()
@@ -86,6 +87,7 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "1072 test images",
         'amint_ray.load("models:/amint-digits/1")',
         "abc",
+        "3.2 GFLOP, 1.60 times the audited-only step's; 64 GFLOP/s",
     ):
         assert part in text
     assert "0.001 FPR" not in text  # no value in either column, no row

@@ -1,4 +1,4 @@
-"""Every shipped recipe trains as it stands, on images of its kind; without Ray."""
+"""Every shipped recipe fits together; one of each kind trains as it stands. Without Ray."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from amint_ray.contracts import Role
 from amint_ray.data.loading import MemoryStreams, check_roles
 from amint_ray.data.sources import load_source
 from amint_ray.evaluation.report import evaluate
+from amint_ray.launch.prepare import step_flops
 from amint_ray.model.joint import plan_architecture
 from amint_ray.train.loop import LocalContext, train
 
 CLASSES = 3
+TRAINED = ("digits", "mnist_vit", "cifar10_mobilenet", "tiny_imagenet_xception")
+TRAINED += ("imagenet1k_efficientnet_b0",)
 
 
 def write_split(path: Path, count: int, *, size: int, seed: int) -> None:
@@ -36,13 +39,28 @@ def write_split(path: Path, count: int, *, size: int, seed: int) -> None:
     pq.write_table(pa.table({"image": images, "label": labels}), path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipe_names())
+def test_recipe_fits_together_and_its_step_is_counted(recipe: str) -> None:
+    config = load_config(recipe)
+    assert config.name == recipe
+    architecture = plan_architecture(config, CLASSES)
+    assert architecture.early_exit
+    assert architecture.input_shape[1] == config.data.image_size
+    flops = step_flops(config, architecture)
+    # All D rows, the trunk up to the last tap again for E and for plain views of D, and the head.
+    again = (config.external_rows + config.plain_rows) / config.train.batch_size
+    trunk = 1 + again * architecture.taps[-1].depth
+    assert 0.96 * trunk < flops.ratio < trunk + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_recipe_trains_one_epoch_and_is_measured(recipe: str, tmp_path: Path) -> None:
     size = load_config(recipe).data.image_size
-    overrides = ["train.epochs=1", "train.batch_size=4", "evaluation.batch_size=8"]
+    overrides = ["train.epochs=1", "train.warmup_epochs=0", "train.batch_size=4"]
+    overrides.append("evaluation.batch_size=8")
     if load_config(recipe).data.source == "parquet":
-        write_split(tmp_path / "train-0.parquet", 30, size=size + 2, seed=1)
+        write_split(tmp_path / "train-0.parquet", 60, size=size + 2, seed=1)
         write_split(tmp_path / "test-0.parquet", 6, size=size, seed=2)
         overrides.append(f"data.path={tmp_path}")
     else:

@@ -23,6 +23,7 @@ from amint_ray.contracts import UserError, first_line
 
 _MOST_LINES = 5
 _LARGEST_FILE = 1_000_000
+_PARTS = "parts/"
 
 
 def recipe_names() -> list[str]:
@@ -31,18 +32,18 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe with overrides applied.
 
     Args:
-        recipe: name of a shipped recipe, or path of a YAML file.
+        recipe: name of a shipped recipe, or path of a YAML file; None: the defaults.
         overrides: `key.path=value` each, in OmegaConf's dotlist syntax; later ones win.
 
     Raises:
         UserError: no such recipe, a file that does not parse, an unknown key, a wrong type, a
             value out of range. The text names key, value and what is allowed.
     """
-    tree = _read_yaml(recipe)
+    tree = OmegaConf.create() if recipe is None else _read_yaml(recipe)
     for override in overrides:
         tree = _merge(tree, override)
     try:
@@ -73,26 +74,16 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_yaml(recipe: str) -> DictConfig:
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml") or "/" in recipe:
-        where = recipe
-        try:
-            if not path.is_file():
-                raise UserError(f"config: there is no file {recipe!r}")
-            if path.stat().st_size > _LARGEST_FILE:
-                raise UserError(f"config: {recipe}: over a megabyte, no configuration")
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config: {recipe}: cannot be read as text: {error}") from error
-    elif recipe in recipe_names():
-        where = f"recipe {recipe}"
-        text = (resources.files("amint_ray") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
-    else:
-        raise UserError(
-            f"config: there is no recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}; there "
-            f"are {', '.join(recipe_names())}, and any path that ends in .yaml"
-        )
+def _read_yaml(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
+    """A recipe or file as a tree, on top of what it extends.
+
+    Args:
+        recipe: name or path.
+        within: the files that extend it, outermost first.
+    """
+    where, text = _read_text(recipe)
+    if where in within:
+        raise UserError(f"config: {' extends '.join([*within, where])}: they extend each other")
     try:
         # Everything is text to the base loader: it tells the shape and trips over no value.
         if not isinstance(yaml.load(text, yaml.BaseLoader) or {}, dict):
@@ -105,9 +96,51 @@ def _read_yaml(recipe: str) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"config: {where}: not valid YAML: {first_line(error)}") from error
     assert isinstance(tree, DictConfig)
-    if path.suffix in (".yaml", ".yml") and "name" not in tree:
-        tree["name"] = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-_") or "custom"
-    return tree
+    bases = tree.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not all(isinstance(base, str) for base in bases):
+        raise UserError(
+            f"config: {where}: extends = {bases}: name a recipe, a file, or a list of them"
+        )
+    if "name" not in tree:
+        tree["name"] = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(recipe).stem).strip("-_") or "custom"
+    below = [_read_yaml(_beside(recipe, base), (*within, where)) for base in bases]
+    merged = OmegaConf.merge(*below, tree)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _beside(recipe: str, base: str) -> str:
+    """A file that a file extends is looked for beside it."""
+    beside = Path(recipe).parent / base
+    return str(beside) if _is_file_name(base) and not Path(base).is_absolute() else base
+
+
+def _is_file_name(recipe: str) -> bool:
+    return Path(recipe).suffix in (".yaml", ".yml") or (
+        "/" in recipe and not recipe.startswith(_PARTS)
+    )
+
+
+def _read_text(recipe: str) -> tuple[str, str]:
+    """What to call a recipe or file in an error, and its text."""
+    path = Path(recipe)
+    if _is_file_name(recipe):
+        try:
+            if not path.is_file():
+                raise UserError(f"config: there is no file {recipe!r}")
+            if path.stat().st_size > _LARGEST_FILE:
+                raise UserError(f"config: {recipe}: over a megabyte, no configuration")
+            return recipe, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config: {recipe}: cannot be read as text: {error}") from error
+    shipped = resources.files("amint_ray") / "recipes" / f"{recipe}.yaml"
+    if recipe in recipe_names() or (recipe.startswith(_PARTS) and shipped.is_file()):
+        return f"recipe {recipe}", shipped.read_text("utf-8")
+    raise UserError(
+        f"config: there is no recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}; there "
+        f"are {', '.join(recipe_names())}, and any path that ends in .yaml"
+    )
 
 
 def _merge(tree: DictConfig, override: str) -> DictConfig:

@@ -10,22 +10,21 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from amint_ray.config.load import recipe_names
 from amint_ray.config.schema import Config
 
 _HEAD = """# Configuration
 
 Written by `make docs` from `amint_ray/config/schema.py`; edit the docstrings there.
 
-A run is decided by a recipe ({recipes}) or a YAML file of the same form, then by `key.path=value`
-overrides. `amint config RECIPE [overrides]` prints the result.
+A run is decided by a recipe (`amint train --help` names them) or a YAML file of the same form, then
+by `key.path=value` overrides. `amint config RECIPE [overrides]` prints the result. A file may begin
+with `extends: RECIPE` (or a file, or a list of them) and give only what differs.
 """
 
 
 def reference() -> str:
     """The whole page as Markdown."""
-    recipes = ", ".join(f"`{name}`" for name in recipe_names())
-    return "\n".join([_HEAD.format(recipes=recipes), *_section(Config, "")]) + "\n"
+    return "\n".join([_HEAD, *_section(Config, "")]) + "\n"
 
 
 def _section(section: type[BaseModel], prefix: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -29,10 +30,12 @@ class Fitted:
     Attributes:
         checkpoint: the last one, with weights and scores.
         seconds: of `workers` (started and stopped), `train` and `evaluate`.
+        steps_per_second: median over the epochs.
     """
 
     checkpoint: ray.train.Checkpoint
     seconds: dict[str, float]
+    steps_per_second: float
 
 
 def fit(
@@ -96,6 +99,7 @@ def fit(
     return Fitted(
         result.checkpoint,
         {"workers": start_and_stop, "train": seconds["train"], "evaluate": seconds["evaluate"]},
+        statistics.median(entry["train/steps_per_second"] for entry in home["history"]),
     )
 
 

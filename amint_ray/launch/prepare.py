@@ -23,6 +23,7 @@ from amint_ray.model.backbone import create_backbone
 from amint_ray.model.joint import Architecture, plan_architecture
 from amint_ray.storage import writable_folder
 from amint_ray.tracking.run_log import check_tracking, tracking_uri
+from amint_ray.train.flops import StepFlops, count_flops
 from amint_ray.train.update import create_update
 
 
@@ -36,6 +37,7 @@ class Prepared:
         manifest: who is a member.
         class_names: one a class.
         architecture: of the model.
+        flops: of one global step.
         storage: folder of all runs' checkpoints.
         tracking_uri: of MLflow.
     """
@@ -45,6 +47,7 @@ class Prepared:
     manifest: Manifest
     class_names: list[str]
     architecture: Architecture
+    flops: StepFlops
     storage: Path
     tracking_uri: str
 
@@ -63,7 +66,7 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
     if address is None:
         plan_workers(
             config.cluster,
-            rows=config.train.batch_size,
+            rows=config.train.batch_size // config.train.accumulate,
             cores=local_cores(),
             gpus=torch.cuda.device_count(),
         )
@@ -94,16 +97,30 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
     source = load_source(config.data, lambda done, total: watcher.event(_reading(done, total)))
     manifest = source.manifest(config.data)
     check_roles(manifest, config)
+    architecture = replace(architecture, num_classes=len(source.class_names))
     prepared = Prepared(
         config=config,
         run_name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
         manifest=manifest,
         class_names=source.class_names,
-        architecture=replace(architecture, num_classes=len(source.class_names)),
+        architecture=architecture,
+        flops=step_flops(config, architecture),
         storage=storage,
         tracking_uri=uri,
     )
     return prepared, source.images
+
+
+def step_flops(config: Config, architecture: Architecture) -> StepFlops:
+    """What a step of this configuration costs, all workers together."""
+    n_task, head_from = config.train.batch_size, config.plain_rows
+    return count_flops(
+        architecture,
+        n_task=n_task,
+        n_rows=n_task + config.plain_rows + config.external_rows,
+        head_from=head_from,
+        mint=config.loss.lambda_mint > 0,
+    )
 
 
 def _reading(done: int, total: int) -> Mapping[str, Any]:

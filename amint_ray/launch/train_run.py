@@ -29,7 +29,7 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
 
     Returns:
         The run's document: `run_id`, `model_uri`, `recipe`, `task`, `membership`, `loss_threshold`,
-        `counts`, `seconds` and more; figures are `{value, low, high}`.
+        `counts`, `flops`, `seconds` and more; figures are `{value, low, high}`.
 
     Raises:
         UserError: a mistake of the user's.
@@ -44,7 +44,7 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
     with clock.around("ray", connect(address_of(config.cluster), verbose=verbose)) as cluster:
         workers, use_gpu = plan_workers(
             config.cluster,
-            rows=config.train.batch_size,
+            rows=config.train.batch_size // config.train.accumulate,
             cores=cluster.get("CPU", 0),
             gpus=cluster.get("GPU", 0),
         )
@@ -62,7 +62,13 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
             watcher.phase("recording")
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
                 document = record(prepared, Path(folder), opening.result())
-    return {**document, "workers": workers, "seconds": clock.seconds}
+    flops = {
+        "joint_step": prepared.flops.joint,
+        "task_step": prepared.flops.task,
+        "ratio": prepared.flops.ratio,
+        "per_second": prepared.flops.joint * fitted.steps_per_second,
+    }
+    return {**document, "workers": workers, "flops": flops, "seconds": clock.seconds}
 
 
 @contextmanager

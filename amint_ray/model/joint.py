@@ -12,12 +12,12 @@ from torch import nn
 from amint_ray.contracts import UserError
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.mint_head import HeadSpec, MintHead
-from amint_ray.model.placement import resolve
-from amint_ray.model.survey import modes_agree, survey
+from amint_ray.model.placement import PLACEMENTS, enclosing, resolve
+from amint_ray.model.survey import Site, modes_agree, survey
 from amint_ray.model.taps import Tap, TapReader, allows_exit
 
 if TYPE_CHECKING:  # the model needs torch and timm alone
-    from amint_ray.config.schema import Config
+    from amint_ray.config.schema import Config, Mint
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,14 @@ def plan_architecture(config: Config, num_classes: int) -> Architecture:
         num_classes=num_classes,
         input_shape=(config.data.channels, config.data.image_size, config.data.image_size),
         taps=mint.taps,
-        head=HeadSpec(mint.head, mint.channels, mint.queries, mint.hidden, mint.pool, mint.inputs),
+        head=head_spec(mint),
         detach=mint.detach,
     )
+
+
+def head_spec(mint: Mint) -> HeadSpec:
+    """The head that a configuration asks for."""
+    return HeadSpec(mint.head, mint.channels, mint.queries, mint.hidden, mint.pool, mint.inputs)
 
 
 def plan(
@@ -110,7 +115,8 @@ def plan(
         )
         if sum(p.numel() for p in probe.parameters()) == 0:
             raise UserError(f"model.backbone = {backbone!r} has no weights to train")
-        found = tuple(map(Tap.at, resolve(probe, survey(probe, input_shape), taps)))
+        sites = survey(probe, input_shape)
+        found, early_exit = _choose(probe, sites, taps, input_shape)
         MintHead(head, found, num_classes)
     return Architecture(
         backbone=backbone,
@@ -118,11 +124,34 @@ def plan(
         num_classes=num_classes,
         input_shape=input_shape,
         taps=found,
-        early_exit=allows_exit(probe, found, input_shape),
+        early_exit=early_exit,
         modes_agree=modes_agree(probe, input_shape),
         head=head,
         detach=detach,
     )
+
+
+def _choose(
+    backbone: nn.Module,
+    sites: Sequence[Site],
+    wanted: Sequence[str],
+    input_shape: tuple[int, int, int],
+) -> tuple[tuple[Tap, ...], bool]:
+    """The taps in order of execution, and whether rows can leave after the last.
+
+    Where a placement ends inside a residual block, which still needs its input, the block itself or
+    what is around it is tapped instead, if that lets rows leave. A module that was named stays.
+    """
+    *others, last = resolve(backbone, sites, wanted)
+    taps = tuple(map(Tap.at, [*others, last]))
+    if allows_exit(backbone, taps, input_shape):
+        return taps, True
+    if PLACEMENTS.keys() & set(wanted) and last.name not in wanted:
+        for wider in enclosing(last, sites):
+            instead = tuple(map(Tap.at, [*others, wider]))
+            if wider not in others and allows_exit(backbone, instead, input_shape):
+                return instead, True
+    return taps, False
 
 
 class AuditedModel(nn.Module):

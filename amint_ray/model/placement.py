@@ -82,6 +82,15 @@ def _nearest(choice: Sequence[Site], shares: Sequence[float]) -> list[Site]:
     return sorted(picked, key=choice.index)
 
 
+def enclosing(site: Site, sites: Sequence[Site]) -> list[Site]:
+    """Modules around a site that can be tapped, innermost first."""
+    names = [site.name]
+    while "." in names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    around = [s for s in sites if s.name in names[1:] and not s.fault]
+    return sorted(around, key=lambda s: -len(s.name))
+
+
 def landmarks(backbone: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Stages of a hierarchical backbone, blocks of an isotropic one, that can be tapped.
 

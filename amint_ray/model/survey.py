@@ -98,8 +98,8 @@ def run(backbone: nn.Module, input_shape: Sequence[int], *, training: bool) -> A
             return backbone(torch.zeros(ROWS, *input_shape, device=device))
     except Exception as error:  # whatever a backbone makes of a size that is not its own
         raise UserError(
-            f"data.image_size = {input_shape[-1]}: the backbone cannot take such images: "
-            f"{first_line(error)}"
+            f"data.image_size = {input_shape[-1]}: the backbone cannot take such images with these "
+            f"options: {first_line(error)}"
         ) from error
     finally:
         backbone.train(was_training)

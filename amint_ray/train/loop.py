@@ -21,6 +21,7 @@ from amint_ray.contracts import Batch, Role, RunContext, ScoreTable, Streams
 from amint_ray.evaluation.scores import concatenate, score, write_scores
 from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
+from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.objective import Objective
 from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
@@ -57,6 +58,8 @@ def train(
         FloatingPointError: a loss is no longer finite.
     """
     started = time.perf_counter()
+    if context.device.type == "cpu":
+        keep_freed_memory()
     state = create_state(config, architecture, streams.steps_per_epoch, context.device)
     with context.latest_checkpoint() as checkpoint:
         if checkpoint is not None:

@@ -77,7 +77,8 @@ BAD_VALUES = {
     "train.lr=true": ("train.lr = True", "number"),
     "tracking.experiment=5": ("tracking.experiment = 5", "string"),
     "model.pretrained=1": ("model.pretrained = 1", "boolean"),
-    "mint.taps=layer2": ("mint.taps = 'layer2'", "a list"),
+    "evaluation.fprs=0.1": ("evaluation.fprs = 0.1", "a list"),
+    "train.optimizer_options=fast": ("train.optimizer_options = 'fast'", "mapping"),
     "data=5": ("data = 5", "mapping"),
     "train=null": ("train = None", "mapping"),
     # out of range
@@ -91,11 +92,26 @@ BAD_VALUES = {
     "data.source=hub": ("data.source = 'hub'", "'digits' or 'parquet'"),
     "evaluation.fprs=[0.1,2]": ("evaluation.fprs.1 = 2", "less than 1"),
     "evaluation.fprs=[]": ("evaluation.fprs = []", "empty"),
+    "mint.taps=[]": ("mint.taps = []", "empty"),
+    "mint.views=both": ("mint.views = 'both'", "'plain' or 'task'"),
+    "mint.inputs=logit": ("mint.inputs.0 = 'logit'", "'logits' or 'loss'"),
+    "mint.inputs=[loss,labels]": ("mint.inputs.1 = 'labels'", "'logits' or 'loss'"),
+    "mint.head=linear": ("mint.head = 'linear'", "'attention'", "'conv'", "'tokens'"),
+    "data.augment=flip": ("data.augment = 'flip'", "'none' or 'crop_flip'"),
+    "loss.weighting=equal": ("loss.weighting = 'equal'", "'uncertainty'", "'gradnorm'"),
+    "loss.ema_decay=1": ("loss.ema_decay = 1", "less than 1"),
+    "train.schedule=linear": ("train.schedule = 'linear'", "'cosine'", "'tanh'"),
+    "train.precision=half": ("train.precision = 'half'", "'bfloat16'", "'float16'"),
+    "train.accumulate=0": ("train.accumulate = 0", "1"),
+    "train.external_ratio=0": ("train.external_ratio = 0", "greater than 0"),
+    "train.external_ratio=17": ("train.external_ratio = 17", "16"),
+    "train.clip_grad=0": ("train.clip_grad = 0", "greater than 0"),
     "name=a.b": ("name = 'a.b'", "pattern"),
     "tracking.model_name=a/b": ("tracking.model_name = 'a/b'", "pattern"),
     # several values that do not go together
     "data.shares.member=0.5": ("data.shares", "1.34", "not to 1"),
     "mint.taps=[stages.1,stages.1]": ("mint.taps", "'stages.1'", "twice"),
+    "mint.inputs=[loss,loss]": ("mint.inputs", "twice"),
     "model.options.num_classes=4": ("model.options", "'num_classes'", "leave it out"),
     "data.source=parquet": ("'parquet'", "data.path"),
     "data.path=somewhere": ("'digits'", "data.path"),
@@ -146,7 +162,7 @@ def test_unknown_key_names_the_nearest(override: str, key: str, value: str, near
 
 def test_unknown_key_lists_the_keys_there() -> None:
     text = refusal("digits", "loss.qqq=3")
-    assert "lambda_task, lambda_mint, weighting, ema_decay" in text
+    assert "lambda_task, lambda_mint, warmup_epochs, weighting, ema_decay" in text
 
 
 def test_shares_must_add_up_to_one_and_hold_members() -> None:
@@ -163,6 +179,66 @@ def test_mint_loss_needs_external_images() -> None:
     assert "loss.lambda_mint" in text
     assert "data.shares.external" in text
     assert load_config("digits", [shares, "loss.lambda_mint=0"]).data.shares.external == 0
+
+
+GRADNORM = "loss.weighting=gradnorm"
+
+
+@pytest.mark.parametrize("switch", ["mint.detach", "train.compile"])
+def test_gradnorm_needs_gradients_that_it_can_read(switch: str) -> None:
+    text = refusal("digits", GRADNORM, f"{switch}=true")
+    assert "loss.weighting=gradnorm" in text
+    assert f"{switch}=true" in text
+    load_config("digits", [GRADNORM])
+    load_config("digits", [f"{switch}=true"])
+    # Without a MINT loss nothing is balanced.
+    load_config("digits", [GRADNORM, f"{switch}=true", "loss.lambda_mint=0"])
+
+
+@pytest.mark.parametrize(
+    ("override", "limit"),
+    [
+        ("train.warmup_epochs=7.5", "train.epochs=7"),
+        ("loss.warmup_epochs=8", "train.epochs=7"),
+        ("train.accumulate=11", "train.batch_size=10"),
+    ],
+)
+def test_what_does_not_fit_into_the_run_is_refused(override: str, limit: str) -> None:
+    text = refusal("digits", limit, override)
+    for part in (override, limit):
+        assert part.replace("=", " = ") in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.warmup_epochs=50", "loss.warmup_epochs=50", "train.accumulate=64"],
+)
+def test_the_largest_warm_up_and_accumulation_that_fit(override: str) -> None:
+    load_config("digits", ["train.epochs=50", "train.batch_size=64", override])
+
+
+@pytest.mark.parametrize(
+    ("value", "taps"),
+    [
+        ("entry", ("entry",)),
+        ("[entry]", ("entry",)),
+        ("blocks.[37]", ("blocks.[37]",)),
+        ("[stages.1,stages.2]", ("stages.1", "stages.2")),
+        ("[output,'layer*']", ("output", "layer*")),
+    ],
+)
+def test_taps_are_a_name_or_a_list(value: str, taps: tuple[str, ...]) -> None:
+    config = load_config("digits", [f"mint.taps={value}"])
+    assert config.mint.taps == taps
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "inputs"),
+    [("loss", ("loss",)), ("[logits,loss]", ("logits", "loss")), ("[]", ())],
+)
+def test_inputs_are_a_name_or_a_list(value: str, inputs: tuple[str, ...]) -> None:
+    assert load_config("digits", [f"mint.inputs={value}"]).mint.inputs == inputs
 
 
 def test_unknown_recipe_names_the_nearest_and_all() -> None:

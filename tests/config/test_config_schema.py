@@ -54,7 +54,7 @@ def altered(model: BaseModel, path: str) -> Any:
     elif isinstance(value, str):
         new = value + "x"
     elif isinstance(value, tuple):
-        new = value + value[:1]
+        new = value + value[:1] or ("something",)
     else:
         new = {**value, "something": 1}
     return model.model_copy(update={head: new})
@@ -109,3 +109,33 @@ def test_config_is_frozen() -> None:
 def test_registered_model_name() -> None:
     assert load_config("cifar10_resnet50").registered_model == "amint-cifar10-resnet50"
     assert load_config("digits", ["tracking.model_name=mine"]).registered_model == "mine"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ratio", "rows"), [(64, 1.0, 64), (9, 0.25, 2), (64, 4.0, 256), (10, 0.04, 0)]
+)
+def test_rows_of_e_in_a_batch(batch_size: int, ratio: float, rows: int) -> None:
+    train = {"batch_size": batch_size, "external_ratio": ratio}
+    assert Config.model_validate({"train": train}).external_rows == rows
+    plain = Config.model_validate({"train": train, "loss": {"lambda_mint": 0.0}})
+    assert plain.external_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("augment", "views", "lambda_mint", "rows"),
+    [
+        ("crop_flip", "plain", 1.0, 64),
+        ("crop_flip", "task", 1.0, 0),
+        ("crop_flip", "plain", 0.0, 0),
+        ("none", "plain", 1.0, 0),
+    ],
+)
+def test_d_has_rows_of_its_own_for_the_head_where_its_views_differ(
+    augment: str, views: str, lambda_mint: float, rows: int
+) -> None:
+    values = {
+        "data": {"augment": augment},
+        "mint": {"views": views},
+        "loss": {"lambda_mint": lambda_mint},
+    }
+    assert Config.model_validate(values).plain_rows == rows

@@ -76,17 +76,18 @@ def having(*roles: str) -> set[int]:
     return set(np.flatnonzero(np.isin(MANIFEST.role, roles)).tolist())
 
 
-def rows(batches: Sequence[Batch]) -> Counter[tuple[int, float, bool, int | None]]:
+def rows(batches: Sequence[Batch]) -> Counter[tuple[int, int, float, bool, str, bool]]:
     """The rows of one global batch, whichever rank has them."""
-    found: Counter[tuple[int, float, bool, int | None]] = Counter()
+    found: Counter[tuple[int, int, float, bool, str, bool]] = Counter()
     for batch in batches:
-        labels = [*batch.labels.tolist(), *[None] * (len(batch.images) - batch.n_task)]
         found.update(
             zip(
                 numbers(batch.images),
+                batch.labels.tolist(),
                 batch.membership.tolist(),
                 batch.told.tolist(),
-                labels,
+                batch.sample_id.tolist(),
+                [row < batch.n_task for row in range(len(batch.images))],
                 strict=True,
             )
         )
@@ -94,7 +95,7 @@ def rows(batches: Sequence[Batch]) -> Counter[tuple[int, float, bool, int | None
 
 
 @pytest.mark.parametrize("lambda_mint", [0.0, 1.0])
-@pytest.mark.parametrize("ratio", [0.5, 1.5, 5.0])
+@pytest.mark.parametrize("ratio", [0.25, 1.5, 4.0])
 def test_global_batch_is_the_same_on_any_number_of_workers(
     ratio: float, lambda_mint: float
 ) -> None:
@@ -109,9 +110,8 @@ def test_global_batch_is_the_same_on_any_number_of_workers(
                 for batch in together:
                     assert batch.n_task in (6 // world, math.ceil(6 / world))
                     assert batch.task_per_worker == 6 / world
-                    assert batch.told_per_worker * world == pytest.approx(
-                        sum(int(b.told.sum()) for b in together)
-                    )
+                    told = sum(int(b.told.sum()) for b in together) if lambda_mint else 0
+                    assert batch.told_per_worker * world == pytest.approx(told)
 
 
 def test_rows_of_a_batch_say_who_they_are() -> None:
@@ -120,7 +120,9 @@ def test_rows_of_a_batch_say_who_they_are() -> None:
         assert batch.images.dtype == batch.membership.dtype == torch.float32
         assert batch.n_task == 6
         assert len(ids) == 6 + 9
-        assert batch.labels.tolist() == MANIFEST.label[ids[:6]].tolist()
+        assert batch.head_from == 0
+        assert batch.labels.tolist() == MANIFEST.label[ids].tolist()
+        assert batch.sample_id.tolist() == [f"s{i}" for i in ids]
         assert batch.membership.tolist() == [1.0] * 6 + [0.0] * 9
         assert batch.told.tolist() == [MANIFEST.role[i] != "withheld" for i in ids]
         assert set(ids[:6]) <= having("member", "withheld")
@@ -135,10 +137,10 @@ def test_an_epoch_shows_each_of_d_at_most_once_and_drops_others_next_time() -> N
     assert set().union(*shown) == having("member", "withheld")
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.5, 5.0])
+@pytest.mark.parametrize("ratio", [0.25, 1.5, 4.0])
 def test_e_is_seen_in_full_before_any_is_seen_again(ratio: float) -> None:
     config = make_config(external_ratio=ratio)
-    chain = [i for epoch in range(6) for i in epoch_ids(config, epoch)[1]]
+    chain = [i for epoch in range(12) for i in epoch_ids(config, epoch)[1]]
     rounds = [chain[i : i + 23] for i in range(0, len(chain) - 22, 23)]
     assert len(rounds) >= 6
     for one in rounds:
@@ -221,3 +223,16 @@ def test_d_must_fill_one_batch() -> None:
     check_roles(MANIFEST, make_config(batch_size=50))
     with pytest.raises(UserError, match=r"50 images.*train\.batch_size = 51"):
         check_roles(MANIFEST, make_config(batch_size=51))
+
+
+@pytest.mark.parametrize(("ratio", "rows_of_e"), [(0.25, 2), (0.1, 1), (1.5, 9), (4.0, 24)])
+def test_rows_of_e_are_rounded(ratio: float, rows_of_e: int) -> None:
+    for batch in streams(make_config(external_ratio=ratio)).train_batches(0):
+        assert len(batch.images) - batch.n_task == rows_of_e
+
+
+def test_less_than_one_row_of_e_is_refused() -> None:
+    check_roles(MANIFEST, make_config(external_ratio=0.1))
+    with pytest.raises(UserError, match=r"train\.external_ratio = 0\.05"):
+        check_roles(MANIFEST, make_config(external_ratio=0.05))
+    check_roles(MANIFEST, make_config(external_ratio=0.05, lambda_mint=0.0))

@@ -308,16 +308,21 @@ def test_nothing_scored_is_an_empty_table() -> None:
 
 
 class TwoHeads(nn.Module):
-    """Dropout and BatchNorm show at once whether evaluation mode was forgotten."""
+    """Dropout and BatchNorm show at once whether evaluation mode was forgotten.
+
+    Its membership logit depends on the label, as that of a head that reads the task loss does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5))
         self.task, self.mint = nn.Linear(12, 5), nn.Linear(12, 1)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, *, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.trunk(images)
-        return self.task(features), self.mint(features).squeeze(1)
+        return self.task(features), self.mint(features).squeeze(1) + 0.1 * labels
 
 
 def score_batches(size: int) -> list[ScoreBatch]:
@@ -338,7 +343,9 @@ def test_scores_are_the_models_answers_in_evaluation_mode() -> None:
     reference = copy.deepcopy(model).eval()
     whole = score_batches(23)[0]
     with torch.no_grad():
-        logits, membership = (x.double().numpy() for x in reference(whole.images))
+        logits, membership = (
+            x.double().numpy() for x in reference(whole.images, labels=whole.labels)
+        )
     labels = whole.labels.numpy()
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(23), labels]
     state = copy.deepcopy(model.state_dict())

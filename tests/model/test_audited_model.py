@@ -6,14 +6,19 @@ import copy
 import gc
 import pickle
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from small_models import CONVNEXT, RESNET, SWIN, VIT, Small, built, plain_head, tapped, twin
+from small_models import ATTENTION, CONVNEXT, RESNET, SWIN, VIT, Small, built, tapped, told_by, twin
 
 from amint_ray.model.joint import Architecture, AuditedModel
 
-ALL = pytest.mark.parametrize("small", [VIT, CONVNEXT, RESNET, SWIN], ids=lambda s: s.backbone)
+ALL = pytest.mark.parametrize(
+    "small",
+    [VIT, CONVNEXT, RESNET, SWIN, *(replace(s, head=ATTENTION) for s in (VIT, RESNET, SWIN))],
+    ids=lambda s: f"{s.backbone}-{s.head.kind}",
+)
 
 
 @ALL
@@ -23,7 +28,7 @@ def test_evaluation_equals_the_untapped_backbone_bit_for_bit(small: Small) -> No
     with torch.no_grad():
         logits, membership = model(images)
         expected, maps = tapped(twin(small, model), model.architecture.taps, images)
-        told = plain_head(model.head, model.architecture.taps, maps)
+        told = told_by(model, maps)
     assert torch.equal(logits, expected)
     torch.testing.assert_close(membership, told, rtol=1e-5, atol=1e-6)
     assert membership.std() > 0
@@ -102,7 +107,11 @@ def test_a_copy_is_independent(by: str) -> None:
     assert float(model(images)[0].detach().abs().max()) == 0
 
 
-@pytest.mark.parametrize("small", [VIT, CONVNEXT, RESNET], ids=lambda s: s.backbone)
+@pytest.mark.parametrize(
+    "small",
+    [VIT, replace(VIT, head=ATTENTION), CONVNEXT, replace(SWIN, head=ATTENTION), RESNET],
+    ids=lambda s: f"{s.backbone}-{s.head.kind}",
+)
 def test_export_with_a_dynamic_batch_equals_eager(small: Small) -> None:
     model = built(small).eval()
     program = torch.export.export(

@@ -1,83 +1,79 @@
-"""The loss weighting, by hand."""
+"""The joint loss: λ₂ and its warm-up. The scales are in `test_weighting.py`."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
+from training_setup import CONVNEXT, config_of, fresh_state
 
 from amint_ray.config.schema import Loss
 from amint_ray.train.objective import Objective
+from amint_ray.train.weighting import RunningMean
 
-LOSSES = [(2.0, 0.5), (1.0, 0.25), (3.0, 1.0)]
+
+def _weights(objective: Objective, steps: int) -> list[list[float]]:
+    weights = []
+    for _ in range(steps):
+        weights.append(objective.weights().tolist())
+        objective.update(torch.ones(2), torch.ones(2))
+    return weights
 
 
-def _values(objective: Objective, losses: list[tuple[float, float]] = LOSSES) -> list[float]:
-    return [objective(torch.tensor(t), torch.tensor(m)).item() for t, m in losses]
+def test_the_loss_is_the_weighted_sum() -> None:
+    objective = Objective(lambda_task=2.0, lambda_mint=10.0)
+    loss = objective(torch.tensor(0.5), torch.tensor(0.25))
+    assert loss.item() == pytest.approx(2 * 0.5 + 10 * 0.25)
 
 
 @pytest.mark.parametrize(
-    ("weighting", "expected"),
+    ("steps", "factors"),
     [
-        # λ₁·t/2 + λ₂·m/0.5 with λ₁ = 2, λ₂ = 10
-        ("initial", [2 + 10, 1 + 5, 3 + 20]),
-        # β = 0.75: m_task = 2, 1.75, 2.0625; m_mint = 0.5, 0.4375, 0.578125
-        ("ema", [2 + 10, 2 / 1.75 + 2.5 / 0.4375, 6 / 2.0625 + 10 / 0.578125]),
-        ("none", [4 + 5, 2 + 2.5, 6 + 10]),
+        (0.0, [1, 1, 1, 1, 1]),
+        (1.0, [1, 1, 1, 1, 1]),
+        (4.0, [1 / 4, 2 / 4, 3 / 4, 1, 1]),
+        (2.5, [1 / 2.5, 2 / 2.5, 1, 1, 1]),  # epochs may be given in parts
     ],
 )
-def test_three_steps_by_hand(weighting: str, expected: list[float]) -> None:
-    objective = Objective(
-        Loss(lambda_task=2.0, lambda_mint=10.0, weighting=weighting, ema_decay=0.75)
-    )
-    assert _values(objective) == pytest.approx(expected, rel=1e-6)
+def test_the_weight_of_the_mint_loss_warms_up(steps: float, factors: list[float]) -> None:
+    objective = Objective(lambda_task=2.0, lambda_mint=10.0, warmup_steps=steps)
+    expected = [pytest.approx([2.0, 10.0 * factor]) for factor in factors]
+    assert _weights(objective, 5) == expected
 
 
-@pytest.mark.parametrize("weighting", ["initial", "ema", "none"])
-def test_normalisers_are_constants_to_the_gradient(weighting: str) -> None:
-    objective = Objective(
-        Loss(lambda_task=2.0, lambda_mint=10.0, weighting=weighting, ema_decay=0.5)
-    )
-    _values(objective, LOSSES[:1])
-    task, mint = (torch.tensor(v, requires_grad=True) for v in (1.0, 0.25))
-    objective(task, mint).backward()
-    norms = {"initial": (2.0, 0.5), "ema": (1.5, 0.375), "none": (1.0, 1.0)}[weighting]
-    assert task.grad.item() == pytest.approx(2 / norms[0], rel=1e-6)
-    assert mint.grad.item() == pytest.approx(10 / norms[1], rel=1e-6)
+def test_the_warm_up_goes_on_where_it_was() -> None:
+    def fresh() -> Objective:
+        return Objective(lambda_mint=0.3, weighting=RunningMean(0.5), warmup_steps=7.0)
 
-
-@pytest.mark.parametrize("weighting", ["initial", "ema", "none"])
-@pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_state_dict_goes_on_identically(weighting: str, after: int) -> None:
-    config = Loss(weighting=weighting, ema_decay=0.9)
-    losses = [(2.1, 0.51), (1.7, 0.3), (0.9, 0.7)]
-    straight = _values(Objective(config), losses)
-    first = Objective(config)
-    _values(first, losses[:after])
-    second = Objective(config)
+    first, second = fresh(), fresh()
+    straight = _weights(fresh(), 8)
+    _weights(first, 3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert _values(second, losses[after:]) == straight[after:]
+    assert _weights(second, 5) == straight[3:]
+
+
+def test_the_warm_up_of_a_run_is_in_epochs() -> None:
+    loss = Loss(weighting="none", lambda_mint=4.0, warmup_epochs=1.5)
+    objective = fresh_state(config_of(CONVNEXT, loss=loss)).objective  # three steps an epoch
+    expected = [4.0 * min(1, (t + 1) / 4.5) for t in range(6)]
+    assert [mint for _, mint in _weights(objective, 6)] == pytest.approx(expected)
 
 
 def test_without_mint_the_objective_is_the_task_loss_itself() -> None:
-    objective = Objective(Loss(lambda_task=5.0, lambda_mint=0.0))
+    objective = Objective(lambda_task=5.0, lambda_mint=0.0, weighting=RunningMean(0.5))
     loss = torch.tensor(0.3, requires_grad=True)
     assert not objective.uses_mint
+    assert not objective.wants_first_losses
     assert objective(loss, None) is loss
-    assert objective.state_dict() == {"norms": None}
-    assert Objective(Loss(lambda_mint=1e-9)).uses_mint
+    assert Objective(lambda_mint=1e-9).uses_mint
 
 
-@pytest.mark.parametrize(
-    "weighting",
-    [
-        "initial",
-        "ema",
-    ],
-)
-def test_a_first_loss_of_zero_gives_finite_steps(weighting: str) -> None:
-    objective = Objective(Loss(weighting=weighting))
-    values = _values(objective, [(2.0, 0.0), (1.0, 0.0), (1.0, 0.5)])
-    assert all(math.isfinite(value) for value in values), values
+def test_the_first_losses_are_wanted_once() -> None:
+    objective = Objective(weighting=RunningMean(0.5))
+    assert objective.wants_first_losses
+    objective.start(torch.tensor([2.0, 4.0]))
+    assert objective.weights().tolist() == [0.5, 0.25]
+    _weights(objective, 1)
+    assert not objective.wants_first_losses
+    assert not Objective().wants_first_losses

@@ -18,9 +18,11 @@ from training_setup import (
     VIT,
     Backbone,
     architecture_of,
+    assert_same_weights,
     config_of,
     data_set,
     streams_of,
+    take_steps,
 )
 
 from amint_ray.config.schema import Config, Loss
@@ -35,19 +37,15 @@ class _Watched(MemoryStreams):
     def __init__(self, config: Config) -> None:
         images, manifest = data_set()
         super().__init__(images, manifest, config, rank=0, world_size=1)
-        self._position = {image.tobytes(): i for i, image in enumerate(images)}
+        self._position = {name: i for i, name in enumerate(manifest.sample_id.tolist())}
         self.seen: list[list[int]] = []
         self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         for batch in super().train_batches(epoch):
-            self.seen.append(self._positions(batch))
+            self.seen.append([self._position[name] for name in batch.sample_id.tolist()])
             self.batches.append((batch.images.clone(), batch.labels.clone()))
             yield batch
-
-    def _positions(self, batch: Batch) -> list[int]:
-        pixels = ((batch.images * 0.5 + 0.5) * 255).round().to(torch.uint8).numpy()
-        return [self._position[image.tobytes()] for image in pixels]
 
 
 CASES = [
@@ -61,11 +59,15 @@ CASES = [
 @pytest.mark.parametrize(
     ("backbone", "train_options"), CASES, ids=["convnext", "resnet-sgd", "resnet-adam", "vit"]
 )
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
 def test_the_backbone_is_that_of_a_plain_loop(
-    backbone: Backbone, train_options: dict[str, object], tmp_path: Path
+    backbone: Backbone, train_options: dict[str, object], augment: str, tmp_path: Path
 ) -> None:
     config = config_of(
-        backbone, loss=Loss(lambda_mint=0.0), train={"seed": 11, "epochs": 3, **train_options}
+        backbone,
+        loss=Loss(lambda_mint=0.0),
+        data={"augment": augment},
+        train={"seed": 11, "epochs": 3, **train_options},
     )
     streams = _Watched(config)
     trained = train(config, architecture_of(config), streams, LocalContext(tmp_path))
@@ -129,6 +131,58 @@ def test_the_head_is_not_trained_and_no_external_image_is_read(tmp_path: Path) -
         rows = [i for batch in streams.seen[3 * epoch : 3 * epoch + 3] for i in batch]
         assert len(rows) == len(set(rows)) == 27
     assert streams.seen[:3] != streams.seen[3:]
+
+
+VIEWS = pytest.mark.parametrize(
+    ("augment", "views"), [("none", "plain"), ("crop_flip", "plain"), ("crop_flip", "task")]
+)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "inputs"),
+    [(RESNET, ()), (RESNET, ("logits", "loss")), (VIT, ()), (CONVNEXT, ("loss",))],
+    ids=["resnet", "resnet-inputs", "vit", "convnext-loss"],
+)
+@VIEWS
+def test_a_detached_head_leaves_the_backbone_to_plain_training(
+    backbone: Backbone, inputs: tuple[str, ...], augment: str, views: str, tmp_path: Path
+) -> None:
+    weights, heads = [], []
+    for name, loss in (
+        ("plain", Loss(lambda_mint=0.0)),
+        ("detached", Loss(lambda_mint=2.0, weighting="none")),
+    ):
+        config = config_of(
+            backbone,
+            loss=loss,
+            data={"augment": augment},
+            mint={"detach": True, "inputs": inputs, "views": views},
+            train={"optimizer": "sgd", "lr": 0.05, "weight_decay": 1e-3},
+            drop_rate=0.3,
+        )
+        (tmp_path / name).mkdir()
+        context = LocalContext(tmp_path / name)
+        trained = train(config, architecture_of(config), streams_of(config), context)
+        weights.append(trained.model.backbone.state_dict())
+        heads.append(trained.model.head.state_dict())
+    assert_same_weights(weights[1], weights[0])
+    assert any(not torch.equal(heads[1][name], value) for name, value in heads[0].items())
+
+
+def test_a_head_that_is_not_detached_does_change_the_backbone() -> None:
+    """The comparison above has something to find."""
+    plain, joint = (
+        take_steps(
+            config_of(
+                RESNET,
+                loss=Loss(lambda_mint=lambda_mint, weighting="none"),
+                train={"optimizer": "sgd", "lr": 0.05},
+            )
+        )
+        for lambda_mint in (0.0, 2.0)
+    )
+    name = "backbone.conv1.weight"
+    assert not torch.equal(plain.weights[name], joint.weights[name])
 
 
 def test_joint_batches_do_hold_external_images() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,21 @@ import numpy as np
 import pytest
 import rank_jobs
 import torch
-from rank_jobs import BATCH_NORM, TRAININGS, UNEVEN_SUMS
-from training_setup import COUNTS, RankContext, architecture_of, data_set, streams_of
+from rank_jobs import BAD_STEP, BATCH_NORM, POISONED, TRAININGS
+from training_setup import (
+    COUNTS,
+    RankContext,
+    architecture_of,
+    data_set,
+    fresh_state,
+    ids_of_step,
+    streams_of,
+)
 
+from amint_ray.config.load import fingerprint
 from amint_ray.contracts import Role
 from amint_ray.evaluation.scores import score
 from amint_ray.model.joint import AuditedModel
-from amint_ray.train.loop import epoch_metrics
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 240.0
@@ -26,9 +35,13 @@ ID = "sample_id"
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
     """What both ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
     spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=rank_jobs.main, args=(rank, 2, folder)) for rank in range(2)]
     try:
@@ -58,17 +71,6 @@ def _same_table(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], tol
         assert np.array_equal(got[name], expected[name]), name
     for name in ("task_loss", "mint_logit"):
         np.testing.assert_allclose(got[name], expected[name], rtol=tol, atol=tol, err_msg=name)
-
-
-def test_epoch_metrics_divide_the_sums_once(two: list[dict[str, Any]]) -> None:
-    expected = {
-        "train/task_loss": 7 / 9,
-        "train/task_accuracy": 4 / 9,
-        "train/mint_loss": 9 / 14,
-    }
-    alone = epoch_metrics(torch.tensor(UNEVEN_SUMS, dtype=torch.float64).sum(0))
-    for metrics in (two[0]["epoch_metrics"], two[1]["epoch_metrics"], alone):
-        assert metrics == pytest.approx(expected, rel=1e-12)
 
 
 def test_scores_and_monitor_are_those_of_one_worker(
@@ -112,7 +114,7 @@ def test_the_comparison_above_has_something_to_find(name: str) -> None:
         for streams in (streams_of(config, rank=r, world_size=2) for r in range(2))
     ]
     rows = [
-        [len(batch.labels) for batch in streams_of(config, rank=r, world_size=2).train_batches(0)]
+        [batch.n_task for batch in streams_of(config, rank=r, world_size=2).train_batches(0)]
         for r in range(2)
     ]
     assert rows == [[5, 5, 5], [4, 4, 4]]
@@ -127,3 +129,22 @@ def test_with_batch_norm_every_score_comes_from_the_model_that_is_kept(
     model.load_state_dict(two[0]["batch_norm"]["weights"])
     table = score(model, streams_of(BATCH_NORM).score_batches(list(Role)), torch.device("cpu"))
     _same_table(two[0]["batch_norm"]["scores"], vars(table), 1e-4)
+
+
+def test_gradients_go_round_once_a_step_however_it_is_computed(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert rank["exchanges"] == [3, 3]
+
+
+def test_a_bad_row_of_one_rank_stops_all_with_the_same_words(
+    two: list[dict[str, Any]], folder: Path
+) -> None:
+    text = two[0]["message"]
+    assert two[1]["message"] == text
+    assert text.startswith(f"step {BAD_STEP} (epoch 2): task loss nan, MINT loss nan;")
+    assert set(re.findall(r"s/\d+", text)) == ids_of_step(POISONED, BAD_STEP)
+    # No checkpoint was written after the bad step, and the one before it can be read.
+    state = fresh_state(POISONED)
+    state.load(folder / "poisoned", config_fingerprint=fingerprint(POISONED))
+    assert state.epoch == 1
+    assert all(w.isfinite().all() for w in state.model.state_dict().values())
