@@ -116,7 +116,15 @@ def measure(
     ]
 
 
-def build(way: str, architecture: Architecture, rows: int, device: str = "cpu") -> Step:
+def build(
+    way: str,
+    architecture: Architecture,
+    rows: int,
+    device: str = "cpu",
+    *,
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Step:
     """A whole step, update included, of one way on `rows` images of D and as many of E."""
     torch.manual_seed(0)
     if way == "concat":
@@ -128,18 +136,22 @@ def build(way: str, architecture: Architecture, rows: int, device: str = "cpu") 
         batch = _batch(architecture, rows, views=way == "views")
     if way == "task":
         model.head.requires_grad_(False)
+    if compiled:
+        model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4, foreach=True)
+    update = Update(model, optimizer, precision=precision)
     if way in ("task", "authors"):
         losses = _task_losses if way == "task" else _authors_losses
 
         def plain() -> None:
-            losses(model, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
+            with update.autocast():
+                loss = losses(model, batch)
+            update.backward(loss)
+            update.step()
 
         return plain
-    objective, update = Objective(), Update(model, optimizer)
+    objective = Objective()
 
     def joint() -> None:
         train_step(model, batch, objective, update)

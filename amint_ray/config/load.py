@@ -98,7 +98,7 @@ def _read_yaml(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
     assert isinstance(tree, DictConfig)
     bases = tree.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not all(isinstance(base, str) for base in bases):
+    if isinstance(bases, DictConfig) or not all(isinstance(base, str) for base in bases):
         raise UserError(
             f"config: {where}: extends = {bases}: name a recipe, a file, or a list of them"
         )
