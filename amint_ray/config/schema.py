@@ -210,7 +210,7 @@ class Train(Section):
     optimizer: Annotated[str, Field(min_length=1)] = "adam"
     """Any name of `timm.optim.list_optimizers()`."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `timm.optim.create_optimizer_v2`, such as `{betas: [0.9, 0.95]}`."""
+    """The optimiser's own further arguments, such as `{betas: [0.9, 0.95]}`."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Learning rate, at its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -225,7 +225,7 @@ class Train(Section):
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0
     """Epochs between two falls (`step`)."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What the learning rate is multiplied by (`step`); the power (`poly`)."""
+    """What the learning rate is multiplied by (`step`)."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

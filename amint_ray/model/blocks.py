@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,17 +25,28 @@ def blocks(backbone: nn.Module) -> list[str]:
             repeated += [
                 f"{name}.{child_name}"
                 for child_name, child in container.named_children()
-                if kinds.count(type(child)) > 1 and len(list(child.children())) > 0
+                if kinds.count(type(child)) > 1 and _has_layers(child)
             ]
     return [name for name in repeated if not any(n.startswith(f"{name}.") for n in repeated)]
 
 
-def checkpoint_blocks(backbone: nn.Module) -> None:
+def _has_layers(module: nn.Module) -> bool:
+    """Whether it is made of others that have weights, as a block is and a normalisation is not."""
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+def checkpoint_blocks(backbone: nn.Module, taps: Sequence[str] = ()) -> None:
     """From now on keep only the blocks' inputs for the backward pass, and run them again in it.
 
-    The blocks' hooks, and so the taps, stay outside of what is run again.
+    The blocks' own hooks stay outside of what is run again.
+
+    Args:
+        backbone: a timm model.
+        taps: names of the tapped modules; a block around one is left as it is: rows leave in it.
     """
     for name in blocks(backbone):
+        if any(tap.startswith(f"{name}.") for tap in taps):
+            continue
         block = backbone.get_submodule(name)
         block.forward = functools.partial(_checkpointed, block, block.forward)
 
@@ -45,7 +56,8 @@ def _checkpointed(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> 
         return forward(*args, **kwargs)
     return checkpoint(
         forward,
-        *args,
+        # A caller may go on filling the list that it gave (DenseNet does).
+        *(list(arg) if isinstance(arg, list) else arg for arg in args),
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(block)),
         **kwargs,

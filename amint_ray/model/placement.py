@@ -54,7 +54,7 @@ def placement(name: str, backbone: nn.Module, sites: Sequence[Site]) -> list[Sit
 
     Stages or blocks as timm's feature info lists them. Of a backbone with too few of them to tell
     the two apart by rank, those that end nearest to the wanted depth as a share of the FLOPs; where
-    there are not two at all, likewise among its blocks, or among all modules.
+    there are not two at all, likewise among its blocks, their parts, or all modules.
 
     Raises:
         UserError: the backbone has fewer than two modules that could be tapped.
@@ -66,7 +66,9 @@ def placement(name: str, backbone: nn.Module, sites: Sequence[Site]) -> list[Sit
         return picked
     good = [site for site in sites if not site.fault and site.depth > 0]
     names = set(blocks(backbone))
-    for choice in (stages, [site for site in good if site.name in names], good):
+    whole = [site for site in good if site.name in names]
+    parts = [site for site in good if site.name.rpartition(".")[0] in names]
+    for choice in (stages, whole, parts, good):
         if len(choice) >= len(shares):
             return _nearest(choice, shares)
     raise UserError(f"mint.taps = {name}: the backbone has no two modules that can be tapped")

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -58,13 +58,24 @@ def survey(backbone: nn.Module, input_shape: tuple[int, int, int]) -> list[Site]
     Raises:
         UserError: the backbone does not take such images, or gives no class logits.
     """
+    outputs, total = _watch(backbone, input_shape)
+    runs = Counter(output.name for output in outputs)
+    first = {output.name: output for output in reversed(outputs)}
+    order = sorted(first.values(), key=outputs.index)
+    sites = [_site(backbone, output, runs[output.name], total) for output in order]
+    return _settled(sites, backbone, input_shape)
+
+
+def _watch(backbone: nn.Module, input_shape: tuple[int, int, int]) -> tuple[list[_Output], int]:
+    """What every module gave in one pass, in the order in which they finished, and all FLOPs."""
     seen: list[_Output] = []
     with _without_gradients(backbone), FlopCounterMode(display=False) as counter:
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                done = counter.get_total_flops()
-                seen.append(_Output(name, module, output, getattr(output, "_version", 0), done))
+                value = tapped(output)
+                version = getattr(value, "_version", 0)
+                seen.append(_Output(name, module, value, version, counter.get_total_flops()))
 
             return hook
 
@@ -77,10 +88,12 @@ def survey(backbone: nn.Module, input_shape: tuple[int, int, int]) -> list[Site]
         total = max(counter.get_total_flops(), 1)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise UserError("model: with these options the backbone gives no class logits")
-    runs = Counter(output.name for output in seen)
-    first = {output.name: output for output in reversed(seen)}
-    order = sorted(first.values(), key=seen.index)
-    return [_site(backbone, output, runs[output.name], total) for output in order]
+    return seen, total
+
+
+def tapped(output: Any) -> Any:
+    """What a tap reads of a module's output: the tensor, or the first of a tuple (MViTv2's)."""
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def run(backbone: nn.Module, input_shape: Sequence[int], *, training: bool) -> Any:
@@ -169,18 +182,45 @@ def _layout(backbone: nn.Module, module: nn.Module, shape: tuple[int, ...]) -> L
         return "NCHW"
     if shape[0] == shape[1] and shape[1] != shape[2]:
         return "NHWC"
-    # As many channels as pixels a side, or a map that is not square. A layer that works on the last
+    # A map that is not square, or as many channels as pixels a side. A layer that works on the last
     # dimension says which one that is; otherwise timm's channels-last families (Swin, MetaFormer …)
-    # say so of the whole network.
-    if type(module) in (nn.Linear, nn.LayerNorm):
+    # say so of the whole network. (timm's LayerNorm2d is a LayerNorm that works on the first.)
+    if isinstance(module, nn.Linear | nn.LayerNorm) and not type(module).__name__.endswith("2d"):
         return "NHWC"
     return "NHWC" if str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC" else "NCHW"
+
+
+def _settled(
+    sites: list[Site], backbone: nn.Module, input_shape: tuple[int, int, int]
+) -> list[Site]:
+    """Where channels and side are equal, look at larger images: the channels are what stays."""
+    if not any(len(site.shape) == 3 and len(set(site.shape)) == 1 for site in sites):
+        return sites
+    channels, height, width = input_shape
+    try:
+        outputs, _ = _watch(backbone, (channels, 2 * height, 2 * width))
+    except UserError:  # it takes no other size
+        return sites
+    larger = {o.name: tuple(o.value.shape[1:]) for o in outputs if hasattr(o.value, "shape")}
+
+    def layout(site: Site) -> Layout:
+        if len(site.shape) == 3 and len(set(site.shape)) == 1:
+            match [a == b for a, b in zip(site.shape, larger.get(site.name, ()), strict=False)]:
+                case [True, False, False]:
+                    return "NCHW"
+                case [False, False, True]:
+                    return "NHWC"
+        return site.layout
+
+    return [replace(site, layout=layout(site)) for site in sites]
 
 
 def _prefix(backbone: nn.Module, shape: tuple[int, ...]) -> int:
     """Class and register tokens of a sequence: what timm counts, if a square of patches is left."""
     prefix = int(getattr(backbone, "num_prefix_tokens", 0) or 0)
     patches = shape[0] - prefix if shape else 0
+    if shape and shape[0] == getattr(getattr(backbone, "patch_embed", None), "num_patches", None):
+        return 0  # the prefix is not there yet, or not any more
     return prefix if patches > 0 and math.isqrt(patches) ** 2 == patches else 0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from amint_ray.contracts import UserError
-from amint_ray.model.survey import ROWS, Layout, Site, run
+from amint_ray.model.survey import ROWS, Layout, Site, run, tapped
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,30 @@ class TapReader:
             self._active, self._keep, self._read = False, None, {}
             self._stop, self._gradients = False, None
 
-    def pass_on(self, name: str, output: torch.Tensor, *, last: bool) -> torch.Tensor | None:
+    def pass_on(self, name: str, output: Any, *, last: bool) -> Any:
         """Called by the hooks: keep the output, and say what goes on instead of it."""
         if not self._active:
             return None
-        self._read[name] = output
+        self._read[name] = tapped(output)
         if not last:
             return None
         if self._stop:
             raise _Stop
         if self._gradients is not None:
-            return self._watch(name, output)
-        return output[: self._keep] if self._keep is not None else None
+            goes_on = self._watch(name, tapped(output))
+        elif self._keep is not None:
+            goes_on = tapped(output)[: self._keep]
+        else:
+            return None
+        if not isinstance(output, tuple):
+            return goes_on
+        # What goes with the features, such as PiT's class tokens, leaves with them.
+        kept, rows = len(goes_on), len(output[0])
+        others = (
+            x[:kept] if isinstance(x, torch.Tensor) and x.ndim and len(x) == rows else x
+            for x in output[1:]
+        )
+        return (goes_on, *others)
 
     def _watch(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Two views of one output, so that the gradients that come back do so apart."""
@@ -131,7 +143,7 @@ class _Hook:
     def __init__(self, reader: TapReader, name: str, *, last: bool) -> None:
         self._reader, self._name, self._last = reader, name, last
 
-    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self._reader.pass_on(self._name, output, last=self._last)
 
 

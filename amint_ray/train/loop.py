@@ -111,7 +111,7 @@ def create_state(
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.checkpoint_activations:
-        checkpoint_blocks(model.backbone)
+        checkpoint_blocks(model.backbone, [tap.name for tap in architecture.taps])
     if config.train.compile:
         model.compile()
     return TrainState(model, create_update(model, config.train, steps_per_epoch), objective)

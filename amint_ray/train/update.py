@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLEST_SCALE = 1e-4
+# Arguments of timm's factory about groups of parameters, which `AuditedModel` does not name.
+_OF_GROUPS = {"layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale", "param_group_fn"}
 
 
 class Update:
@@ -134,6 +136,10 @@ def create_update(model: nn.Module, config: Train, steps_per_epoch: int) -> Upda
         raise UserError(
             f"train.optimizer = {config.optimizer!r}: timm has no such optimiser; {hint}"
         )
+    if unknown := _OF_GROUPS & config.optimizer_options.keys():
+        raise UserError(
+            f"train.optimizer_options: {', '.join(sorted(unknown))} would have no effect here"
+        )
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -147,6 +153,11 @@ def create_update(model: nn.Module, config: Train, steps_per_epoch: int) -> Upda
             f"train.optimizer = {config.optimizer!r} with options {config.optimizer_options}: "
             f"{first_line(error)}"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(
+            f"train.optimizer = {config.optimizer!r} needs second derivatives, which the step does "
+            "not compute; take another"
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.schedule,
@@ -155,7 +166,7 @@ def create_update(model: nn.Module, config: Train, steps_per_epoch: int) -> Upda
         warmup_lr=config.lr / 1000,
         min_lr=config.min_lr,
         decay_epochs=config.decay_epochs,
-        decay_rate=1.0 if config.schedule == "poly" else config.decay_rate,
+        decay_rate=1.0 if config.schedule == "poly" else config.decay_rate,  # of poly: the power
         step_on_epochs=False,
         updates_per_epoch=max(1, steps_per_epoch),
     )

@@ -87,7 +87,7 @@ class RunningMean:
 
     def update(self, losses: torch.Tensor, gradient_norms: torch.Tensor) -> None:
         """The running mean moves."""
-        self._mean = self._decay * self._mean + (1 - self._decay) * losses
+        self._mean = self._decay * self._mean.to(losses) + (1 - self._decay) * losses
 
     def state_dict(self) -> dict[str, list[float]]:
         """The running mean."""
@@ -151,36 +151,44 @@ class GradNorm:
     def __init__(self, alpha: float, decay: float) -> None:
         self._alpha, self._decay = alpha, decay
         self._first = self._loss = torch.ones(2)
-        self._norm: torch.Tensor | None = None
+        self._norm = torch.zeros(2, dtype=torch.float64)
 
     def start(self, losses: torch.Tensor) -> None:
         """ℓ₀."""
         self._first = self._loss = losses
+        self._norm = self._norm.to(losses.device)
 
     def scales(self) -> torch.Tensor:
         """2·q/Σq; ones until the first gradients are known."""
-        if self._norm is None:
-            return torch.ones(2)
         rate = self._loss / self._first.clamp_min(_TINY)
         rate = (rate / rate.mean().clamp_min(_TINY)).clamp_min(_TINY)
         pull = rate**self._alpha / self._norm.clamp_min(_TINY)
-        return 2 * pull / pull.sum()
+        return torch.where(self._norm.any(), 2 * pull / pull.sum(), 1.0)
 
     def update(self, losses: torch.Tensor, gradient_norms: torch.Tensor) -> None:
-        """The running means move; the first gradient norms are taken as they are."""
-        self._loss = self._decay * self._loss + (1 - self._decay) * losses
-        before = gradient_norms if self._norm is None else self._norm
-        self._norm = self._decay * before + (1 - self._decay) * gradient_norms
+        """The running means move; the first gradient norms are taken as they are.
+
+        Norms that are not finite are passed over: under `float16` such a step is left out.
+        """
+        self._first, loss = self._first.to(losses), self._loss.to(losses)
+        self._loss = self._decay * loss + (1 - self._decay) * losses
+        norm = self._norm.to(gradient_norms)
+        before = torch.where(norm.any(), norm, gradient_norms)
+        after = self._decay * before + (1 - self._decay) * gradient_norms
+        self._norm = torch.where(gradient_norms.isfinite().all(), after, norm)
 
     def state_dict(self) -> dict[str, list[float]]:
         """First losses, and the running means."""
-        state = {"first": self._first.tolist(), "loss": self._loss.tolist()}
-        return state if self._norm is None else {**state, "norm": self._norm.tolist()}
+        return {
+            "first": self._first.tolist(),
+            "loss": self._loss.tolist(),
+            "norm": self._norm.tolist(),
+        }
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """First losses, and the running means."""
         self._first, self._loss = torch.tensor(state["first"]), torch.tensor(state["loss"])
-        self._norm = torch.tensor(state["norm"]) if "norm" in state else None
+        self._norm = torch.tensor(state["norm"], dtype=torch.float64)
 
 
 _TINY = 1e-12

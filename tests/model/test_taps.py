@@ -20,6 +20,7 @@ from small_models import (
     told_by,
     twin,
 )
+from torch import nn
 
 from amint_ray.contracts import UserError
 from amint_ray.model.survey import survey
@@ -75,6 +76,27 @@ def test_a_tap_next_to_what_works_in_place_reads_what_it_gave(taps: tuple[str, .
 def test_an_output_that_is_overwritten_in_place_never_reaches_the_head(name: str) -> None:
     with pytest.raises(UserError, match=f"'{name}' gives what a later module overwrites"):
         RESNET.with_taps(name).architecture()
+
+
+class _Aside(nn.Module):
+    """A module beside the way to the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.aside = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.trunk(images)
+        self.aside(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "early"), [("trunk", True), ("aside", False)])
+def test_rows_do_not_leave_where_that_leaves_the_logits_as_they_are(name: str, early: bool) -> None:
+    backbone = _Aside()
+    (site,) = [site for site in survey(backbone, (3, 8, 8)) if site.name == name]
+    assert allows_exit(backbone, [Tap.at(site)], (3, 8, 8)) is early
 
 
 @pytest.mark.parametrize("names", [["layer2"], ["layer2.0.conv1"], ["layer2.0", "layer2"]])

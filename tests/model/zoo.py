@@ -34,7 +34,6 @@ FAMILIES = [
     Small("eva02_tiny_patch14_224", _VIT),
     Small("beit_base_patch16_224", _VIT),
     Small("cait_xxs24_224", _VIT),
-    Small("samvit_base_patch16_224", {**_VIT, "img_size": 32}, size=32),
     Small("xcit_nano_12_p8_224", {**_VIT, "patch_size": 8}),
     Small(
         "tnt_s_legacy_patch16_224",
@@ -66,7 +65,6 @@ FAMILIES = [
     Small("mobilevit_xxs", {}, size=32),
     Small("poolformer_s12", {}, size=32),
     Small("sequencer2d_s", _SEQUENCER, size=32),
-    Small("mambaout_femto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}, size=32),
     Small("convnext_atto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}, size=32),
     Small("tf_efficientnetv2_b0", {"channel_multiplier": 0.25, "depth_multiplier": 0.5}, size=32),
     Small("mobilenetv3_small_050", {}, size=32),
@@ -74,7 +72,6 @@ FAMILIES = [
     Small("ghostnet_050", {}, size=32),
     Small("regnety_002", {"w0": 8, "wa": 8.0, "wm": 2.0, "depth": 6, "group_size": 8}, size=32),
     Small("res2net50_26w_4s", _RESNET, size=32),
-    Small("resnetv2_50", _RESNET, size=32),
     Small("dla46_c", {}, size=32),
     Small("dpn48b", {}, size=32),
     Small("hrnet_w18_small", {}, size=32),

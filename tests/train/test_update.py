@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import Any
 
 import pytest
@@ -77,14 +78,19 @@ def test_any_optimizer_is_the_one_that_timm_builds(name: str, options: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("adamww", "adamw"), ("SGD", "sgd"), ("lammb", "lamb"), ("???", "nadam")]
+    ("name", "hint"),
+    [
+        ("adamww", r"near names: .*\badamw\b"),
+        ("lammb", r"near names: .*\blamb\b"),
+        ("SGD ", r"it has .*\bnadam\b.*\bsgd\b"),
+    ],
 )
-def test_an_unknown_optimizer_is_refused_with_near_names(name: str, near: str) -> None:
+def test_an_unknown_optimizer_is_refused_with_near_names(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=r"train\.optimizer") as caught:
         update_of(net(), optimizer=name)
     text = str(caught.value)
     assert repr(name) in text
-    assert near in text
+    assert re.search(hint, text)
     assert len(text.splitlines()) == 1
 
 

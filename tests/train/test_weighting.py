@@ -115,13 +115,15 @@ def test_a_state_dict_goes_on_identically(weighting: str, after: int) -> None:
 @ALL
 def test_a_state_dict_goes_on_on_the_device_of_the_losses(weighting: str) -> None:
     """It is read on the CPU; the meta device, where there is no GPU, is as far from that as one."""
-    first, second = objective_of(weighting), objective_of(weighting)
+    meta = torch.ones(2, device="meta")
+    first, second, fresh = (objective_of(weighting) for _ in range(3))
     drive(first, LOSSES[:2], NORMS[:2])
     second.load_state_dict(first.state_dict())
-    meta = torch.ones(2, device="meta")
-    for _ in range(2):
-        second.update(meta, meta.double())
-        assert second(*meta).device.type == "meta"
+    fresh.start(meta)
+    for objective in (second, fresh):
+        for _ in range(2):
+            assert objective(*meta).device.type == "meta"
+            objective.update(meta, meta.double())
 
 
 @ALL
