@@ -86,7 +86,7 @@ def measure(
     repeats: int,
 ) -> list[Row]:
     """All ways at one batch size, one after the other: two compiled models may not fit at once."""
-    flops = {way: count(way, architecture, rows)[0] for way in WAYS}
+    flops = {way: count(build(way, architecture, rows, "meta"))[0] for way in WAYS}
     found: list[Row] = []
     for way in WAYS:
         step = build(way, architecture, rows, device, precision=precision, compiled=compiled)

@@ -36,6 +36,7 @@ MODELS = {
     "resnet50": ("resnet50", {}),
 }
 WAYS = ("authors", "concat", "early_exit", "detached", "views")
+QUICK_ROWS = {"vit": 4, "resnet18": 8, "resnet50": 8}
 QUICK_WAYS = ("authors", "concat", "early_exit", "detached")
 Step = Callable[[], None]
 
@@ -87,13 +88,11 @@ def measure(
     steps |= {way: build(way, architecture, rows) for way in ways}
     steps["head"] = _head_alone(architecture, rows)
     times: dict[str, list[float]] = {way: [] for way in steps}
-    for step in steps.values():
-        step()
+    counts = {way: count(step) for way, step in steps.items()}  # the first step, not timed
+    flops = {way: counted for way, (counted, _) in counts.items()}
     for _ in range(repeats):
         for way, step in steps.items():
             times[way].append(_timed(step))
-    counts = {way: count(way, architecture, rows) for way in ("task", *ways)}
-    flops = {way: counted for way, (counted, _) in counts.items()}
 
     def ratio(way: str) -> float:
         return statistics.median(
@@ -159,9 +158,8 @@ def build(
     return joint
 
 
-def count(way: str, architecture: Architecture, rows: int) -> tuple[int, int]:
-    """FLOPs of a way's step, and bytes that its forward pass keeps, on the meta device."""
-    step = build(way, architecture, rows, device="meta")
+def count(step: Step) -> tuple[int, int]:
+    """FLOPs of one more step, and bytes that its forward pass keeps for its backward pass."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,14 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--head", choices=("attention", "conv", "tokens"), default="attention")
-    parser.add_argument("--rows", type=int, help="images of D in a step (default 64, quick 8)")
+    parser.add_argument("--rows", type=int, help="images of D in a step (default 64, quick 4 or 8)")
     parser.add_argument("--repeats", type=int, help="of each way (default 7, quick 3)")
     parser.add_argument("--threads", type=int, help="torch's threads (default all cores)")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    rows = arguments.rows or (8 if arguments.quick else 64)
     repeats = arguments.repeats or (3 if arguments.quick else 7)
     found: list[Row] = []
     for model in arguments.models:
@@ -258,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model,
                 placement,
                 QUICK_WAYS if arguments.quick else WAYS,
-                rows=rows,
+                rows=arguments.rows or (QUICK_ROWS[model] if arguments.quick else 64),
                 repeats=repeats,
                 head=HeadSpec(kind=arguments.head),
             )

@@ -149,8 +149,9 @@ class Mint(Section):
     hidden: Annotated[int, Field(ge=1, le=65536)] = 128
     """Width of the fully connected layer behind the joined taps (`attention`, `conv`)."""
     pool: Annotated[int, Field(ge=1)] | None = 4
-    """Larger maps are averaged to this many positions a side before the first convolution (`conv`);
-    null: never, as in the paper, which on large maps costs more than the backbone."""
+    """Larger maps are averaged to this many positions a side first (`attention`, of feature maps;
+    `conv`, of tokens too); null: never, as in the paper, which on large maps can cost more than the
+    backbone."""
     inputs: Annotated[
         tuple[Literal["logits", "loss"], ...], Field(strict=False), BeforeValidator(_listed)
     ] = ()

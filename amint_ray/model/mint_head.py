@@ -56,7 +56,7 @@ class MintHead(nn.Module):
             width = spec.channels * len(taps) + extra
         else:
             self.branches = nn.ModuleList(
-                AttentionBranch(tap, spec.channels, spec.queries) for tap in taps
+                AttentionBranch(tap, spec.channels, spec.queries, spec.pool) for tap in taps
             )
             width = spec.channels * spec.queries * len(taps) + extra
         self.fc = nn.Sequential(nn.Linear(width, spec.hidden), nn.ReLU(), nn.Linear(spec.hidden, 1))
@@ -109,10 +109,7 @@ class ConvBranch(nn.Module):
                 "no square; use mint.head=attention or tokens"
             )
         self._tap = tap
-        side = tap.shape[1] if tap.layout == "NCHW" else tap.shape[0]
-        if tap.layout == "NLC":
-            side = math.isqrt(tap.shape[0] - tap.prefix)
-        self._pool = pool if pool is not None and pool < side else None
+        self._pool = _pool_to(tap, pool)
         self.layers = nn.Sequential(
             nn.Conv2d(tap.channels, channels, 3, padding=1),
             nn.ReLU(),
@@ -125,15 +122,7 @@ class ConvBranch(nn.Module):
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """(n, …) activation → (n, channels)."""
-        if self._tap.layout == "NLC":
-            own = activation[:, self._tap.prefix :]
-            side = math.isqrt(own.shape[1])
-            activation = own.transpose(1, 2).reshape(len(own), -1, side, side)
-        elif self._tap.layout == "NHWC":
-            activation = activation.permute(0, 3, 1, 2)
-        if self._pool is not None:
-            activation = F.adaptive_avg_pool2d(activation, self._pool)
-        evidence: torch.Tensor = self.layers(activation)
+        evidence: torch.Tensor = self.layers(_pooled(_maps(activation, self._tap), self._pool))
         return evidence
 
 
@@ -143,14 +132,15 @@ class AttentionBranch(nn.Module):
     Each position is normalised and projected to `channels` features; each query takes a weighted
     mean of them, with weights of its own (the Set Transformer's pooling by multi-head attention,
     Lee et al. 2019, arXiv 1810.00825, without its feed-forward layers). A learned offset tells the
-    positions apart, class and register tokens among them.
+    positions apart, class and register tokens among them. Larger maps are averaged to `pool`×`pool`
+    first.
     """
 
-    def __init__(self, tap: Tap, channels: int, queries: int) -> None:
+    def __init__(self, tap: Tap, channels: int, queries: int, pool: int | None) -> None:
         super().__init__()
-        self._maps = tap.layout != "NLC"
-        self._channels_first = tap.layout == "NCHW"
-        positions = math.prod(tap.shape) // tap.channels
+        self._tap = tap
+        self._pool = _pool_to(tap, pool) if tap.layout != "NLC" else None
+        positions = self._pool**2 if self._pool else math.prod(tap.shape) // tap.channels
         self.norm = nn.LayerNorm(tap.channels)
         self.project = nn.Linear(tap.channels, channels)
         self.position = nn.Parameter(torch.randn(positions, channels) * 0.02)
@@ -158,11 +148,34 @@ class AttentionBranch(nn.Module):
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """(n, …) activation → (n, queries · channels)."""
-        if self._channels_first:
-            tokens = activation.flatten(2).transpose(1, 2)
-        else:
-            tokens = activation.flatten(1, 2) if self._maps else activation
+        tokens = activation
+        if self._tap.layout != "NLC":
+            tokens = _pooled(_maps(activation, self._tap), self._pool).flatten(2).transpose(1, 2)
         features = self.project(self.norm(tokens)) + self.position
         weights = self.score(F.relu(features)).softmax(dim=1)
-        pooled: torch.Tensor = weights.transpose(1, 2) @ features
-        return pooled.flatten(1)
+        evidence: torch.Tensor = weights.transpose(1, 2) @ features
+        return evidence.flatten(1)
+
+
+def _maps(activation: torch.Tensor, tap: Tap) -> torch.Tensor:
+    """Any tap's activation as maps, (n, channels, height, width); class and register tokens go."""
+    if tap.layout == "NCHW":
+        return activation
+    if tap.layout == "NHWC":
+        return activation.permute(0, 3, 1, 2)
+    own = activation[:, tap.prefix :]
+    side = math.isqrt(own.shape[1])
+    return own.transpose(1, 2).reshape(len(own), -1, side, side)
+
+
+def _pool_to(tap: Tap, pool: int | None) -> int | None:
+    """Positions a side that a tap's maps are averaged to; None: as many as they have."""
+    if tap.layout == "NLC":
+        side = math.isqrt(tap.shape[0] - tap.prefix)
+    else:
+        side = tap.shape[1] if tap.layout == "NCHW" else tap.shape[0]
+    return pool if pool is not None and pool < side else None
+
+
+def _pooled(maps: torch.Tensor, side: int | None) -> torch.Tensor:
+    return maps if side is None else F.adaptive_avg_pool2d(maps, side)
