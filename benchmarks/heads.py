@@ -31,7 +31,7 @@ FAMILIES = {
     "cnn": ["model.backbone=resnet18", "model.options.channels=[32,64,128,256]"],
     "vit": [
         "model.backbone=vit_tiny_patch16_224",
-        "model.options={img_size: 32, patch_size: 4, embed_dim: 64, depth: 12, num_heads: 8}",
+        "model.options={img_size: 32, patch_size: 8, embed_dim: 64, depth: 12, num_heads: 8}",
     ],
 }
 HEADS = ("conv", "tokens", "attention")
@@ -77,7 +77,7 @@ def config_of(folder: Path, family: str, head: str, seed: int, extra: list[str])
             *FAMILIES[family],
             "mint.taps=middle",
             f"mint.head={head}",
-            "train.epochs=20",
+            "train.epochs=15",
             "train.lr=1e-3",
             "train.schedule=cosine",
             f"data.split_seed={seed}",
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("overrides", nargs="*", help="further key=value settings for all runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()

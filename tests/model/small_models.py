@@ -199,6 +199,10 @@ def plain_head(
             evidence.append(x.amax((2, 3)))
             continue
         x = tokens_of(m, layout)
+        side = math.isqrt(x.shape[1])
+        if layout != "NLC" and spec.pool is not None and side > spec.pool:
+            means = F.adaptive_avg_pool2d(square_of(m, layout, 0), spec.pool)
+            x = tokens_of(means, "NCHW")
         x = F.layer_norm(x, x.shape[-1:], b["norm.weight"], b["norm.bias"])
         x = F.linear(x, b["project.weight"], b["project.bias"]) + b["position"]
         raised = torch.exp(F.linear(x.relu(), b["score.weight"], b["score.bias"]))

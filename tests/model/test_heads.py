@@ -50,7 +50,7 @@ def test_the_attention_heads_weights_by_hand() -> None:
     head = MintHead(spec, [A_MAP, A_CHANNELS_LAST_MAP, SOME_TOKENS], CLASSES)
     branches = sum(
         2 * c + (c * 16 + 16) + positions * 16 + (16 * 3 + 3)
-        for c, positions in [(32, 64), (96, 16), (24, 17)]
+        for c, positions in [(32, 4 * 4), (96, 16), (24, 17)]  # the first map is pooled
     )
     assert _weights(head) == branches + (3 * 16 * 3 * 20 + 20) + (20 + 1)
 
@@ -117,7 +117,7 @@ def test_pooling_reads_the_side_of_every_layout() -> None:
 
 def test_attention_is_a_softmax_over_positions_by_hand() -> None:
     """One channel kept, one query: the pooled value is Σ_p softmax_p(s·max(f_p, 0))·f_p."""
-    branch = AttentionBranch(Tap("a", (3, 2), "NLC"), channels=1, queries=1)
+    branch = AttentionBranch(Tap("a", (3, 2), "NLC"), channels=1, queries=1, pool=None)
     with torch.no_grad():
         branch.project.weight.copy_(torch.tensor([[2.0, 0.0]]))
         branch.project.bias.fill_(0.5)

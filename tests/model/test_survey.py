@@ -58,7 +58,7 @@ KINDS: list[tuple[Small, str, Layout, int, tuple[int, ...]]] = [
     (MAMBAOUT, "stages.0", "NHWC", 0, (8, 8, 8)),
 ]
 _WIDE = HeadSpec("conv", channels=16, hidden=32, pool=None)
-HEADS = [ATTENTION, _WIDE, replace(_WIDE, pool=2), TOKENS]
+HEADS = [ATTENTION, replace(ATTENTION, pool=2), _WIDE, replace(_WIDE, pool=2), TOKENS]
 
 
 def _sites(small: Small) -> dict[str, Site]:
