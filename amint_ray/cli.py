@@ -94,15 +94,20 @@ def config(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--all", "every", is_flag=True, help="List every module that can be tapped.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def taps(backbone: str, overrides: tuple[str, ...], every: bool, as_json: bool) -> None:
-    """Show where a MINT head can read in BACKBONE, any classifier that timm knows.
+    """Show where a MINT head can read in BACKBONE: a classifier that timm knows, or a recipe's.
 
     Overrides are those of a run, for instance `data.image_size=32 model.options.patch_size=4`;
     without a size, the backbone's own is taken.
     """
-    from amint_ray.config.load import load_config
+    from amint_ray.config.load import load_config, recipe_names
 
-    config = load_config(None, [f"model.backbone={backbone}", *overrides])
-    own_size = not any(override.startswith("data.image_size=") for override in overrides)
+    if backbone in recipe_names() or backbone.endswith((".yaml", ".yml")):
+        config = load_config(backbone, overrides)
+    else:
+        config = load_config(None, [f"model.backbone={backbone}", *overrides])
+    if any(override.startswith("mint.taps=") for override in overrides):
+        raise UserError("amint taps shows all placements; leave mint.taps out")
+    own_size = "image_size" not in config.data.model_fields_set
     with _results_only(verbose=False) as stdout:
         from amint_ray.launch.describe_taps import describe_taps
 

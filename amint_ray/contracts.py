@@ -104,32 +104,6 @@ class Batch:
             told=self.told.to(device, non_blocking=True),
         )
 
-    def split(self, parts: int) -> list[Batch]:
-        """Micro-batches whose losses add up to this batch's: the divisors stay the same.
-
-        Part i takes the rows i, i + parts, … of each kind, so that D and E are mixed alike in all.
-        """
-        if parts == 1:
-            return [self]
-        batches = []
-        for i in range(parts):
-            task = range(i, self.n_task, parts)
-            rows = [*task, *range(self.n_task + i, len(self.images), parts)]
-            of_head = [row - self.head_from for row in rows if row >= self.head_from]
-            batches.append(
-                replace(
-                    self,
-                    images=self.images[rows],
-                    labels=self.labels[rows],
-                    n_task=len(task),
-                    head_from=len(task) if self.head_from else 0,
-                    membership=self.membership[of_head],
-                    told=self.told[of_head],
-                    sample_id=self.sample_id[rows],
-                )
-            )
-        return batches
-
 
 @dataclass(frozen=True)
 class ScoreBatch:

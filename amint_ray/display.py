@@ -218,8 +218,9 @@ def print_taps(document: Mapping[str, Any], console: Console) -> None:
     for name, placement in document["placements"].items():
         leaves = "E leaves there" if placement["early_exit"] else "E cannot leave there"
         console.print(
-            f"{name:<7} {', '.join(placement['taps'])}: {leaves}; with as many images of E as of D "
-            f"the joint step costs {placement['flop_ratio']:.2f} times the audited-only step",
+            f"{name:<7} {', '.join(placement['taps'])}: {leaves}; with "
+            f"{document['external_ratio']:g} of E per image of D the joint step costs "
+            f"{placement['flop_ratio']:.2f} times the audited-only step's FLOPs",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -1,4 +1,4 @@
-"""The three MINT heads on a CNN and on a ViT: same images, same steps, several seeds.
+"""The MINT heads on a CNN and on a ViT: same images, same steps, several seeds.
 
 `python -m benchmarks.heads FOLDER` takes the hub's Parquet files of CIFAR-10; no Ray, one process.
 """
@@ -25,7 +25,6 @@ from amint_ray.model.joint import AuditedModel, plan_architecture
 from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.flops import count_flops
 from amint_ray.train.loop import LocalContext, train
-from benchmarks.runs import mean_interval
 
 FAMILIES = {
     "cnn": ["model.backbone=resnet18", "model.options.channels=[32,64,128,256]"],
@@ -34,7 +33,14 @@ FAMILIES = {
         "model.options={img_size: 32, patch_size: 8, embed_dim: 64, depth: 12, num_heads: 8}",
     ],
 }
-HEADS = ("conv", "tokens", "attention")
+HEADS = {
+    "conv": ["mint.head=conv"],
+    "conv, 16 filters": ["mint.head=conv", "mint.channels=16"],
+    "tokens": ["mint.head=tokens"],
+    "attention": ["mint.head=attention"],
+    "mlp": ["mint.head=mlp"],
+    "mlp, 512 hidden": ["mint.head=mlp", "mint.hidden=512"],
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Run:
 
     Attributes:
         family: key of `FAMILIES`.
-        head: kind.
+        head: key of `HEADS`.
         seed: of the split and of the training.
         auc: of the head, member against test.
         tpr: of the head at 1 % false positives, threshold from `calibration`; None where `test` is
@@ -76,7 +82,7 @@ def config_of(folder: Path, family: str, head: str, seed: int, extra: list[str])
             f"data.shares={shares}",
             *FAMILIES[family],
             "mint.taps=middle",
-            f"mint.head={head}",
+            *HEADS[head],
             "train.epochs=15",
             "train.lr=1e-3",
             "train.schedule=cosine",
@@ -87,7 +93,7 @@ def config_of(folder: Path, family: str, head: str, seed: int, extra: list[str])
     )
 
 
-def run(config: Config, source: Any, family: str, seed: int) -> Run:
+def run(config: Config, source: Any, family: str, head: str, seed: int) -> Run:
     """Train, score, measure."""
     manifest = source.manifest(config.data)
     check_roles(manifest, config)
@@ -99,16 +105,16 @@ def run(config: Config, source: Any, family: str, seed: int) -> Run:
     member = report["membership"]["member"]
     size = config.train.batch_size
     flops = count_flops(architecture, n_task=size, n_rows=size + config.external_rows)
-    head = sum(p.numel() for p in AuditedModel(architecture).head.parameters())
+    weights = sum(p.numel() for p in AuditedModel(architecture).head.parameters())
     trunk = 1 + architecture.taps[-1].depth * config.train.external_ratio
     return Run(
         family=family,
-        head=config.mint.head,
+        head=head,
         seed=seed,
         auc=member["auc"]["value"],
         tpr=member["tpr_at_fpr"]["0.01"]["value"],
         task_accuracy=report["task"]["accuracy"]["value"],
-        weights=head,
+        weights=weights,
         flop_share=(flops.ratio - trunk) / flops.ratio,
         seconds=trained.seconds["train"],
     )
@@ -118,7 +124,7 @@ def main() -> int:
     """Print a Markdown table on stdout, each run as a JSON line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int)
     parser.add_argument("overrides", nargs="*", help="further key=value settings for all runs")
     arguments = parser.parse_intermixed_args()
@@ -126,11 +132,11 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     runs: list[Run] = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for family in FAMILIES:
             for head in HEADS:
                 config = config_of(arguments.folder, family, head, seed, arguments.overrides)
-                done = run(config, load_source(config.data), family, seed)
+                done = run(config, load_source(config.data), family, head, seed)
                 print(json.dumps(asdict(done)), file=sys.stderr, flush=True)
                 runs.append(done)
     print("| family | head | AUC | TPR at 1 % FPR | task accuracy | weights | share of FLOPs | s |")
@@ -139,19 +145,17 @@ def main() -> int:
         for head in HEADS:
             these = [r for r in runs if (r.family, r.head) == (family, head)]
             print(
-                f"| {family} | {head} | {_mean([r.auc for r in these])} "
-                f"| {_mean([r.tpr for r in these if r.tpr is not None])} "
-                f"| {_mean([r.task_accuracy for r in these])} | {these[0].weights:,} "
+                f"| {family} | {head} | {_each([r.auc for r in these])} "
+                f"| {_each([r.tpr for r in these])} "
+                f"| {_each([r.task_accuracy for r in these])} | {these[0].weights:,} "
                 f"| {these[0].flop_share:.3f} | {statistics.median(r.seconds for r in these):.0f} |"
             )
     return 0
 
 
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean, low, high = mean_interval(values)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+def _each(values: list[float | None]) -> str:
+    """Every seed's value: three are too few for an interval that says anything."""
+    return ", ".join("–" if value is None else f"{value:.3f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch._dynamo
 
 from amint_ray.model.joint import Architecture, plan
 from amint_ray.model.mint_head import HeadSpec
@@ -89,6 +90,8 @@ def measure(
     flops = {way: count(build(way, architecture, rows, "meta"))[0] for way in WAYS}
     found: list[Row] = []
     for way in WAYS:
+        # Or else the second batch size would be compiled for any size, unlike a run's one.
+        torch._dynamo.reset()
         step = build(way, architecture, rows, device, precision=precision, compiled=compiled)
         for _ in range(3):
             step()
@@ -111,6 +114,7 @@ def measure(
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
             )
         )
+        del step  # before the next is built
     return found
 
 

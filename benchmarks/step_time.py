@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amint_ray.contracts import Batch
 from amint_ray.model.joint import Architecture, AuditedModel, plan
-from amint_ray.model.mint_head import HeadSpec
+from amint_ray.model.mint_head import HeadKind, HeadSpec
 from amint_ray.model.placement import PLACEMENTS
 from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.objective import Objective
@@ -36,7 +37,7 @@ MODELS = {
     "resnet50": ("resnet50", {}),
 }
 WAYS = ("authors", "concat", "early_exit", "detached", "views")
-QUICK_ROWS = {"vit": 4, "resnet18": 8, "resnet50": 8}
+QUICK_ROWS = {"vit": 4, "resnet18": 8, "resnet50": 4}
 QUICK_WAYS = ("authors", "concat", "early_exit", "detached")
 Step = Callable[[], None]
 
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small batches, few repeats")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    parser.add_argument("--head", choices=("attention", "conv", "tokens"), default="attention")
+    parser.add_argument("--head", choices=get_args(HeadKind), default="mlp")
     parser.add_argument("--rows", type=int, help="images of D in a step (default 64, quick 4 or 8)")
     parser.add_argument("--repeats", type=int, help="of each way (default 7, quick 3)")
     parser.add_argument("--threads", type=int, help="torch's threads (default all cores)")

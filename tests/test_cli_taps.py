@@ -45,6 +45,12 @@ def test_options_size_and_all_modules_of_a_vit(capfd: pytest.CaptureFixture[str]
     assert all(module["prefix_tokens"] == 1 for module in few["modules"])
     every = document(capfd, "vit_tiny_patch16_224", options, "--all")
     assert {"blocks.0.mlp.fc1", "norm"} <= {module["name"] for module in every["modules"]}
+    nested = document(capfd, "resnet18", "data={image_size: 64}", "train.external_ratio=0.25")
+    assert nested["input_shape"] == [3, 64, 64]
+    assert nested["placements"]["output"]["flop_ratio"] == pytest.approx(1.25, abs=0.02)
+    recipe = document(capfd, "mnist_vit")
+    assert recipe["input_shape"] == [1, 28, 28]
+    assert recipe["backbone"] == "vit_tiny_patch16_224"
     gray = document(capfd, "resnet18", "data.image_size=64", "data.channels=1")
     assert gray["input_shape"] == [1, 64, 64]
 
@@ -65,6 +71,7 @@ def test_the_table_names_modules_and_placements(capfd: pytest.CaptureFixture[str
     [
         (["resnt18"], "near names: resnet18"),
         (["resnet18", "data.image_sise=32"], "did you mean 'data.image_size'"),
+        (["resnet18", "mint.taps=entry"], "shows all placements"),
         (["resnet18", "32"], "not of the form key.path=value"),
         (["vit_tiny_patch16_224", "data.image_size=50"], "the backbone cannot take such images"),
         (["resnet18", "model.options.depth=3"], "timm cannot build"),

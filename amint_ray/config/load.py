@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -98,7 +98,7 @@ def _read_yaml(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
     assert isinstance(tree, DictConfig)
     bases = tree.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if isinstance(bases, DictConfig) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, list | ListConfig) or not all(isinstance(base, str) for base in bases):
         raise UserError(
             f"config: {where}: extends = {bases}: name a recipe, a file, or a list of them"
         )

@@ -139,19 +139,20 @@ class Mint(Section):
     backbone (`amint taps BACKBONE` shows them), or names and globs of modules, in any order.
     The paper found two better than one on a CNN. The deeper the last one, the dearer the step, and
     the more the two tasks disturb each other."""
-    head: Literal["attention", "conv", "tokens"] = "attention"
-    """`attention`: learned queries over positions or tokens, for any backbone. `conv`: the paper's
-    for CNNs. `tokens`: the paper's for ViTs, one linear layer over all that the taps give."""
+    head: Literal["mlp", "attention", "conv", "tokens"] = "mlp"
+    """`mlp`: a hidden layer over coarse maps or tokens, for any backbone. `conv`: the paper's for
+    CNNs. `tokens`: the paper's for ViTs, one linear layer over all that the taps give.
+    `attention`: learned queries over positions or tokens; slow to learn (docs/benchmarks.md)."""
     channels: Annotated[int, Field(ge=1, le=4096)] = 64
     """Features a position is projected to (`attention`); filters of each convolution (`conv`)."""
     queries: Annotated[int, Field(ge=1, le=256)] = 8
     """Learned queries a tap (`attention`)."""
     hidden: Annotated[int, Field(ge=1, le=65536)] = 128
-    """Width of the fully connected layer behind the joined taps (`attention`, `conv`)."""
+    """Width of the fully connected layer behind the joined taps (all but `tokens`)."""
     pool: Annotated[int, Field(ge=1)] | None = 4
-    """Larger maps are averaged to this many positions a side first (`attention`, of feature maps;
-    `conv`, of tokens too); null: never, as in the paper, which on large maps can cost more than the
-    backbone."""
+    """Larger maps are averaged to this many positions a side first (all but `tokens`; `mlp` and
+    `conv` do so with a square of tokens, too); null: never, as in the paper, which on large maps
+    can cost more than the backbone."""
     inputs: Annotated[
         tuple[Literal["logits", "loss"], ...], Field(strict=False), BeforeValidator(_listed)
     ] = ()
@@ -159,8 +160,9 @@ class Mint(Section):
     (whoever asks the model must then give labels). E's rows must then pass the whole backbone, its
     BatchNorm statistics included; no gradient goes back through these inputs."""
     detach: bool = False
-    """Stop the head's gradient at the taps: the audited model is then trained plainly, and E's rows
-    cost a third."""
+    """Stop the head's gradient at the taps: the backbone is then trained plainly, bit for bit (λ₁
+    and the weighting apply to the head alone), and E's rows cost a third. Where training and
+    evaluation mode differ (BatchNorm, dropout), D passes the trunk once more for the head."""
     views: Literal["plain", "task"] = "plain"
     """What the head sees where `data.augment` changes what the task sees. `plain`: D and E as they
     will be scored, D in rows of its own. `task`: D and E augmented alike, in the task's rows."""
@@ -220,7 +222,8 @@ class Train(Section):
     """timm's schedules, updated at each step. `cosine`, `poly` and `tanh` reach `min_lr` at the
     end; `step` multiplies by `decay_rate` every `decay_epochs`."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """The learning rate rises linearly from a thousandth of its peak, over so many epochs."""
+    """The learning rate rises linearly from a thousandth of `lr`, over so many epochs; the schedule
+    runs underneath and takes over where it then is."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where `cosine`, `poly` and `tanh` end."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0

@@ -63,7 +63,7 @@ def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tu
 
     Args:
         config: what is asked for.
-        rows: of D in a global batch; every worker needs one.
+        rows: workers that a global batch of D, or a micro-batch of it, has images for.
         cores: of the cluster.
         gpus: of the cluster.
 
@@ -82,8 +82,9 @@ def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tu
         )
     if wanted > rows:
         raise UserError(
-            f"cluster.workers = {wanted}: more workers than images of D in a step "
-            f"(train.batch_size = {rows}); ask for fewer workers or a larger batch"
+            f"cluster.workers = {wanted}: more workers than images of D in a step or micro-batch "
+            f"(train.batch_size / train.accumulate has enough for {rows}); ask for fewer workers, "
+            "a larger batch or a smaller train.accumulate"
         )
     return wanted, use_gpu
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import timm
@@ -16,7 +15,7 @@ from amint_ray.model.placement import PLACEMENTS, landmarks
 from amint_ray.model.survey import survey
 from amint_ray.train.flops import count_flops
 
-_ROWS = 4
+_ROWS = 16
 
 
 def describe_taps(config: Config, *, every: bool, own_size: bool) -> dict[str, Any]:
@@ -30,8 +29,8 @@ def describe_taps(config: Config, *, every: bool, own_size: bool) -> dict[str, A
 
     Returns:
         `backbone`, `input_shape`, `modules` (each with `name`, `class`, `shape`, `layout`,
-        `prefix_tokens`, `depth` and `placements`) and `placements` (each with `taps`, `early_exit`
-        and `flop_ratio`).
+        `prefix_tokens`, `depth` and `placements`), `external_ratio`, and `placements` (each with
+        `taps`, `early_exit` and the joint step's `flop_ratio` to the audited-only step).
 
     Raises:
         UserError: the backbone, its options or the size do not fit.
@@ -43,7 +42,8 @@ def describe_taps(config: Config, *, every: bool, own_size: bool) -> dict[str, A
             backbone, num_classes=2, channels=config.data.channels, options=options
         )
         if own_size and (known := timm.get_pretrained_cfg(backbone)) is not None:
-            size = options.get("img_size", known.input_size[-1])
+            own = options.get("img_size", known.input_size[-1])
+            size = own if isinstance(own, int) else own[-1]
         shape = (config.data.channels, size, size)
         sites = survey(model, shape)
     placements = {name: _cost(config, name, shape) for name in PLACEMENTS}
@@ -67,23 +67,26 @@ def describe_taps(config: Config, *, every: bool, own_size: bool) -> dict[str, A
             for site in sites
             if not site.fault and (every or site.name in listed)
         ],
+        "external_ratio": config.train.external_ratio,
         "placements": placements,
     }
 
 
 def _cost(config: Config, name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What a placement resolves to, and what its joint step costs with as many of E as of D."""
+    """What a placement resolves to, and what its joint step costs."""
     architecture = plan(
         config.model.backbone,
         options=config.model.options,
         num_classes=2,
         input_shape=shape,
         taps=[name],
-        head=replace(head_spec(config.mint), kind="attention"),
+        head=head_spec(config.mint),
         detach=config.mint.detach,
     )
     return {
         "taps": [tap.name for tap in architecture.taps],
         "early_exit": architecture.early_exit,
-        "flop_ratio": count_flops(architecture, n_task=_ROWS, n_rows=2 * _ROWS).ratio,
+        "flop_ratio": count_flops(
+            architecture, n_task=_ROWS, n_rows=_ROWS + round(_ROWS * config.train.external_ratio)
+        ).ratio,
     }

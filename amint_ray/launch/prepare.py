@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Watcher
+from amint_ray.contracts import UserError, Watcher
 from amint_ray.data.loading import check_roles
 from amint_ray.data.roles import Manifest
 from amint_ray.data.sources import load_source
@@ -62,24 +62,25 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
         UserError: something was found wrong.
     """
     watcher.phase("checking the configuration")
-    address = address_of(config.cluster)
-    if address is None:
-        plan_workers(
-            config.cluster,
-            rows=config.train.batch_size // config.train.accumulate,
-            cores=local_cores(),
-            gpus=torch.cuda.device_count(),
-        )
-    else:
-        check_address(address)
     storage = writable_folder(config.storage.path, "storage.path")
     uri = tracking_uri()
     check_tracking(uri)
     # Two classes stand for any number: taps and head do not depend on it, and a wrong tap should
     # not wait for a large source to be decoded.
     architecture = plan_architecture(config, num_classes=2)
+    address = address_of(config.cluster)
+    if address is None:
+        plan_workers(
+            config.cluster,
+            rows=worker_rows(config, architecture),
+            cores=local_cores(),
+            gpus=torch.cuda.device_count(),
+        )
+    else:
+        check_address(address)
     create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
-    if config.loss.lambda_mint > 0 and not architecture.early_exit and not config.mint.inputs:
+    stays = not architecture.early_exit and not config.mint.detach and not config.mint.inputs
+    if config.loss.lambda_mint > 0 and stays:
         watcher.notice(
             f"{config.model.backbone}: what comes behind {architecture.taps[-1].name} needs all "
             "rows, so E goes through the whole backbone"
@@ -109,6 +110,23 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
         tracking_uri=uri,
     )
     return prepared, source.images
+
+
+def worker_rows(config: Config, architecture: Architecture) -> int:
+    """How many workers a micro-batch of D has images for: BatchNorm needs two each, others one.
+
+    Raises:
+        UserError: not even for one worker.
+    """
+    rows = config.train.batch_size // config.train.accumulate
+    needed = 1 if architecture.modes_agree else 2
+    if rows < needed:
+        raise UserError(
+            f"train.accumulate = {config.train.accumulate}: micro-batches of {rows} image of D "
+            f"(train.batch_size = {config.train.batch_size}) are too small for this backbone; make "
+            "it smaller or the batch larger"
+        )
+    return rows // needed
 
 
 def step_flops(config: Config, architecture: Architecture) -> StepFlops:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
 from amint_ray.launch.cluster import address_of, connect, plan_workers
-from amint_ray.launch.prepare import Prepared, prepare
+from amint_ray.launch.prepare import Prepared, prepare, worker_rows
 from amint_ray.tracking.run_log import RunLog, Status
 
 
@@ -44,7 +44,7 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
     with clock.around("ray", connect(address_of(config.cluster), verbose=verbose)) as cluster:
         workers, use_gpu = plan_workers(
             config.cluster,
-            rows=config.train.batch_size // config.train.accumulate,
+            rows=worker_rows(config, prepared.architecture),
             cores=cluster.get("CPU", 0),
             gpus=cluster.get("GPU", 0),
         )

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -54,12 +55,16 @@ def checkpoint_blocks(backbone: nn.Module, taps: Sequence[str] = ()) -> None:
 def _checkpointed(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not block.training:
         return forward(*args, **kwargs)
+    # What torch.compile makes of the second run does not touch the statistics.
+    frozen: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        frozen["context_fn"] = lambda: (contextlib.nullcontext(), frozen_statistics(block))
     return checkpoint(
         forward,
         # A caller may go on filling the list that it gave (DenseNet does).
         *(list(arg) if isinstance(arg, list) else arg for arg in args),
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(block)),
+        **frozen,
         **kwargs,
     )
 

@@ -177,9 +177,10 @@ class AuditedModel(nn.Module):
         self._gradients: Callable[[int, torch.Tensor], None] | None = None
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimiser factory leaves undecayed: the backbone's own choice."""
+        """Parameters that timm's optimiser factory leaves undecayed: positions, as timm has it."""
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in names}
+        positions = {n for n, _ in self.head.named_parameters() if n.endswith(".position")}
+        return {f"backbone.{name}" for name in names} | {f"head.{name}" for name in positions}
 
     def watch_gradients(self, record: Callable[[int, torch.Tensor], None]) -> None:
         """From now on tell `record` what reaches the last tap in a backward pass.

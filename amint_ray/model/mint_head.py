@@ -14,7 +14,7 @@ from torch import nn
 from amint_ray.contracts import UserError
 from amint_ray.model.taps import Tap
 
-HeadKind = Literal["attention", "conv", "tokens"]
+HeadKind = Literal["mlp", "attention", "conv", "tokens"]
 HeadInput = Literal["logits", "loss"]
 
 
@@ -22,7 +22,7 @@ HeadInput = Literal["logits", "loss"]
 class HeadSpec:
     """What a MINT head is built from; `config.schema.Mint` explains each field."""
 
-    kind: HeadKind = "attention"
+    kind: HeadKind = "mlp"
     channels: int = 64
     queries: int = 8
     hidden: int = 128
@@ -51,7 +51,11 @@ class MintHead(nn.Module):
             width = sum(math.prod(tap.shape) for tap in taps) + extra
             self.fc: nn.Module = nn.Linear(width, 1)
             return
-        if spec.kind == "conv":
+        if spec.kind == "mlp":
+            branches = [PositionsBranch(tap, spec.pool) for tap in taps]
+            self.branches = nn.ModuleList(branches)
+            width = sum(branch.width for branch in branches) + extra
+        elif spec.kind == "conv":
             self.branches = nn.ModuleList(ConvBranch(tap, spec.channels, spec.pool) for tap in taps)
             width = spec.channels * len(taps) + extra
         else:
@@ -89,6 +93,36 @@ class MintHead(nn.Module):
                 evidence.append(F.cross_entropy(told, labels, reduction="none")[:, None])
         membership: torch.Tensor = self.fc(torch.cat(evidence, dim=1)).squeeze(1)
         return membership
+
+
+class PositionsBranch(nn.Module):
+    """All that a tap gives, on a coarse grid; the hidden layer weighs each position and channel.
+
+    A weight that is used once costs one multiplication an image, where a convolution's costs one at
+    each position: for the same arithmetic the head can tell more images apart. Larger maps, and the
+    square of a sequence's own tokens, are averaged to `pool`×`pool` first; class and register
+    tokens stay as they are.
+    """
+
+    def __init__(self, tap: Tap, pool: int | None) -> None:
+        super().__init__()
+        self._tap = tap
+        own = tap.shape[0] - tap.prefix if tap.layout == "NLC" else 0
+        square = tap.layout != "NLC" or math.isqrt(own) ** 2 == own
+        self._pool = _pool_to(tap, pool) if square else None
+        positions = (
+            tap.prefix + self._pool**2 if self._pool else math.prod(tap.shape) // tap.channels
+        )
+        self.width = positions * tap.channels
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """(n, …) activation → (n, width)."""
+        if self._pool is None:
+            return activation.flatten(1)
+        own = _pooled(_maps(activation, self._tap), self._pool).flatten(1)
+        if not self._tap.prefix:
+            return own
+        return torch.cat([activation[:, : self._tap.prefix].flatten(1), own], dim=1)
 
 
 class ConvBranch(nn.Module):

@@ -140,16 +140,16 @@ class RegisteredModel:
                 "this model's MINT head reads the task loss (mint.inputs): give the labels, (n,) "
                 "class indices, beside the images"
             )
-        classes = torch.as_tensor(labels)
+        classes = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
         known = self.model.architecture.num_classes
-        if tuple(classes.shape) != (rows,) or classes.is_floating_point():
+        if classes.shape != (rows,) or classes.dtype.kind not in "iu":
             raise UserError(
-                f"labels are {classes.dtype} of shape {tuple(classes.shape)}; give ({rows},) "
-                "integers"
+                f"labels are {classes.dtype} of shape {classes.shape}; give ({rows},) integers"
             )
         if rows and not (classes.min() >= 0 and classes.max() < known):
             raise UserError(f"labels must be class indices from 0 to {known - 1}")
-        return classes.long().to(next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        return torch.from_numpy(classes.astype(np.int64)).to(device)
 
     def p_values(self, membership_scores: torch.Tensor) -> npt.NDArray[np.float64]:
         """Conformal p-value of each score against the stored calibration scores.

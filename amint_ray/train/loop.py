@@ -102,6 +102,7 @@ def create_state(
         lambda_mint=config.loss.lambda_mint,
         weighting=create_weighting(config.loss),
         warmup_steps=config.loss.warmup_epochs * steps_per_epoch,
+        plain_task=architecture.detach,
     )
     if not objective.uses_mint:
         # A head that is not trained must not be decayed either, nor be waited for by DDP.
@@ -114,7 +115,10 @@ def create_state(
         checkpoint_blocks(model.backbone, [tap.name for tap in architecture.taps])
     if config.train.compile:
         model.compile()
-    return TrainState(model, create_update(model, config.train, steps_per_epoch), objective)
+    update = create_update(model, config.train, steps_per_epoch)
+    if architecture.detach and objective.uses_mint:
+        update.clip_apart(model.backbone, model.head)
+    return TrainState(model, update, objective)
 
 
 def _parallel(model: nn.Module, context: RunContext) -> nn.Module:
@@ -137,10 +141,11 @@ def _train_epoch(
     started = time.perf_counter()
     for number, batch in enumerate(streams.train_batches(state.epoch), start=1):
         step = _Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
-        step.sums = train_step(model, batch.to(context.device), state.objective, state.update)
-        totals += step.sums
+        sums = train_step(model, batch.to(context.device), state.objective, state.update)
+        step.done(sums)
+        totals += sums
         # One step later: reading a loss at once would have the GPU run dry.
-        _check(before)
+        _check(before, config)
         before = step
         context.progress(
             {
@@ -151,7 +156,7 @@ def _train_epoch(
                 "steps": config.train.epochs * streams.steps_per_epoch,
             }
         )
-    _check(before)
+    _check(before, config)
     share_buffers(state.model)
     entry = epoch_metrics(totals)
     seconds = time.perf_counter() - started
@@ -181,35 +186,48 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
     return metrics
 
 
-@dataclass
 class _Step:
     """A step whose losses are still to be looked at; both counts from 1."""
 
-    number: int
-    epoch: int
-    batch: Batch
-    sums: torch.Tensor | None = None
+    def __init__(self, number: int, epoch: int, batch: Batch) -> None:
+        self.number, self.epoch, self.batch = number, epoch, batch
+
+    def done(self, sums: torch.Tensor) -> None:
+        """Take the step's sums, and have them sent to the host behind it on a GPU's queue."""
+        self._sums = sums.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if sums.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def sums(self) -> dict[str, float]:
+        """The step's `SUMS`; waits for this step, not for the one behind it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(SUMS, self._sums.tolist(), strict=True))
 
 
 _NAMED = 32
 
 
-def _check(step: _Step | None) -> None:
+def _check(step: _Step | None, config: Config) -> None:
     """Stop at the first loss that is not finite. The sums are the same on every rank, so all do.
 
     Raises:
         FloatingPointError: names the step, the losses and the batch's samples.
     """
-    if step is None or step.sums is None or bool(step.sums.isfinite().all()):
+    if step is None:
         return
-    of = dict(zip(SUMS, step.sums.tolist(), strict=True))
+    of = step.sums()
+    if all(map(math.isfinite, of.values())):
+        return
     task_loss = of["task_loss"] / of["task_rows"]
     mint_loss = of["mint_loss"] / max(of["told_rows"], 1)
     ids = list(dict.fromkeys(gather_lists(step.batch.sample_id.tolist())))
     more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    wide = "take train.precision=bfloat16, " if config.train.precision == "float16" else ""
     raise FloatingPointError(
         f"step {step.number} (epoch {step.epoch}): task loss {task_loss:.4g}, MINT loss "
-        f"{mint_loss:.4g}; lower train.lr or set train.clip_grad; checkpoints of earlier epochs "
+        f"{mint_loss:.4g}; {wide}lower train.lr or set train.clip_grad; checkpoints written before "
         f"stay; samples of the batch: {', '.join(ids[:_NAMED])}{more}"
     )
 

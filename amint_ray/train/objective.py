@@ -21,6 +21,7 @@ class Objective:
         weighting: gives the scales s; by default 1.
         warmup_steps: λ₂ is multiplied by (t + 1)/warmup_steps in step t, counted from 0, and by no
             more than 1.
+        plain_task: leave L_task as it is, without λ₁ and s₁: what `mint.detach` promises.
     """
 
     def __init__(
@@ -30,17 +31,19 @@ class Objective:
         lambda_mint: float = 1.0,
         weighting: Weighting | None = None,
         warmup_steps: float = 0.0,
+        plain_task: bool = False,
     ) -> None:
-        self._lambdas = torch.tensor([lambda_task, lambda_mint])
+        self._lambda_task, self._lambda_mint = lambda_task, lambda_mint
         self._weighting = weighting or Constant()
         self._warmup_steps = warmup_steps
+        self._plain_task = plain_task
         self._step = 0
-        self._squares = torch.zeros(2)
+        self._squares: dict[int, torch.Tensor] = {}
 
     @property
     def uses_mint(self) -> bool:
         """Whether the MINT loss counts at all."""
-        return bool(self._lambdas[1] > 0)
+        return self._lambda_mint > 0
 
     @property
     def reads_gradients(self) -> bool:
@@ -58,9 +61,10 @@ class Objective:
 
     def weights(self) -> torch.Tensor:
         """(2,) λ_i·s_i of the step to come."""
+        task, mint = self._weighting.scales()
         warm = min(1.0, (self._step + 1) / self._warmup_steps) if self._warmup_steps else 1.0
-        scales = self._weighting.scales()
-        return scales * self._lambdas.to(scales) * torch.tensor([1.0, warm]).to(scales)
+        task = torch.ones_like(task) if self._plain_task else self._lambda_task * task
+        return torch.stack([task, self._lambda_mint * warm * mint])
 
     def __call__(self, task_loss: torch.Tensor, mint_loss: torch.Tensor | None) -> torch.Tensor:
         """The scalar to differentiate.
@@ -71,19 +75,24 @@ class Objective:
         """
         if mint_loss is None:
             return task_loss
-        weights = self.weights().to(task_loss)
-        return weights[0] * task_loss + weights[1] * mint_loss
+        task, mint = self.weights().to(task_loss)
+        total: torch.Tensor = task * task_loss + mint * mint_loss
+        return total
 
     def record(self, which: int, gradient: torch.Tensor) -> None:
         """Take what reaches the last tap from the task (0) or from the head (1)."""
         square = gradient.detach().float().square().sum()
-        self._squares = self._squares.to(square).index_add(
-            0, torch.tensor([which], device=square.device), square[None]
-        )
+        self._squares[which] = self._squares[which] + square if which in self._squares else square
 
-    def recorded(self) -> torch.Tensor:
-        """(2,) squared norms of what was recorded since the last call; of this rank's rows."""
-        squares, self._squares = self._squares, torch.zeros(2)
+    def recorded(self, like: torch.Tensor) -> torch.Tensor:
+        """(2,) squared norms of what was recorded since the last call; of this rank's rows.
+
+        Args:
+            like: tells device and type.
+        """
+        none = like.new_zeros(())
+        squares = torch.stack([self._squares.get(which, none).to(like) for which in (0, 1)])
+        self._squares = {}
         return squares
 
     def update(self, losses: torch.Tensor, squares: torch.Tensor) -> None:
@@ -95,8 +104,7 @@ class Objective:
                 used, so that a factor common to both does no harm.
         """
         if self.uses_mint:
-            weights = self.weights().to(squares)
-            self._weighting.update(losses, squares.sqrt() / weights)
+            self._weighting.update(losses, squares.sqrt() / self.weights().to(squares))
         self._step += 1
 
     def state_dict(self) -> dict[str, Any]:

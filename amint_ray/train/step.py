@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +36,7 @@ def train_step(
         (5,) float64, the sums of all ranks in the order of `SUMS`; to be summed over steps and
         divided once.
     """
-    parts = batch.split(update.accumulate)
+    parts = split(batch, update.accumulate)
     if objective.wants_first_losses:
         objective.start(_mean_losses(_measure(model, parts, update)))
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=batch.images.device)
@@ -44,7 +46,7 @@ def train_step(
                 loss, part_sums = forward(model, part, objective)
             update.backward(loss)
         sums += part_sums
-    squares = objective.recorded().to(sums)
+    squares = objective.recorded(sums)
     update.step()
     total, _ = sum_over_ranks(torch.cat([sums, squares]))
     sums, squares = total[: len(SUMS)], total[len(SUMS) :]
@@ -85,9 +87,41 @@ def forward(
     return objective(task_loss, mint_loss), torch.stack(sums)
 
 
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Micro-batches whose losses add up to the batch's: the divisors stay the same.
+
+    Part i takes the rows i, i + parts, … of those that train the task, and likewise of the others,
+    so that D and E are mixed alike in all.
+    """
+    if parts == 1:
+        return [batch]
+
+    def part(values: torch.Tensor, i: int, n_task: int) -> torch.Tensor:
+        """Slices, not lists of rows: those would have to travel to a GPU first."""
+        return torch.cat([values[i:n_task:parts], values[n_task + i :: parts]])
+
+    read = 0 if batch.head_from else batch.n_task
+    ids, n = batch.sample_id, batch.n_task
+    return [
+        replace(
+            batch,
+            images=part(batch.images, i, n),
+            labels=part(batch.labels, i, n),
+            n_task=len(range(i, n, parts)),
+            head_from=len(range(i, n, parts)) if batch.head_from else 0,
+            membership=part(batch.membership, i, read),
+            told=part(batch.told, i, read),
+            sample_id=np.concatenate([ids[i:n:parts], ids[n + i :: parts]]),
+        )
+        for i in range(parts)
+    ]
+
+
 def _measure(model: nn.Module, parts: Sequence[Batch], update: Update) -> torch.Tensor:
     """All ranks' sums of the batch as it will be seen in a moment, leaving no trace."""
-    traceless = (torch.random.fork_rng(), frozen_statistics(model), uncompiled())
+    device = parts[0].images.device
+    random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    traceless = (random, frozen_statistics(model), uncompiled())
     with contextlib.ExitStack() as stack, torch.no_grad(), update.autocast():
         for context in traceless:
             stack.enter_context(context)

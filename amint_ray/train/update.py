@@ -50,7 +50,7 @@ class Update:
     ) -> None:
         self.optimizer = optimizer
         self.accumulate = accumulate
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._clipped = [[p for p in model.parameters() if p.requires_grad]]
         self._scheduler = scheduler
         self._clip_grad = clip_grad
         self._device = next(model.parameters()).device.type
@@ -62,6 +62,10 @@ class Update:
     def done(self) -> int:
         """Updates so far."""
         return self._done
+
+    def clip_apart(self, *modules: nn.Module) -> None:
+        """From now on clip each module's gradient by its own norm: none shrinks another's."""
+        self._clipped = [[p for p in m.parameters() if p.requires_grad] for m in modules]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the forward pass runs in."""
@@ -83,7 +87,8 @@ class Update:
         """
         if self._clip_grad is not None:
             self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_grad)
+            for parameters in self._clipped:
+                nn.utils.clip_grad_norm_(parameters, self._clip_grad)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -135,6 +140,10 @@ def create_update(model: nn.Module, config: Train, steps_per_epoch: int) -> Upda
         hint = f"near names: {', '.join(near)}" if near else f"it has {', '.join(known)}"
         raise UserError(
             f"train.optimizer = {config.optimizer!r}: timm has no such optimiser; {hint}"
+        )
+    if settled := {"lr", "weight_decay", "opt"} & config.optimizer_options.keys():
+        raise UserError(
+            f"train.optimizer_options: {', '.join(sorted(settled))} stands in `train` itself"
         )
     if unknown := _OF_GROUPS & config.optimizer_options.keys():
         raise UserError(

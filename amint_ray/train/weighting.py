@@ -45,15 +45,19 @@ class Constant:
 
     reads_first_losses = reads_gradients = False
 
+    def __init__(self) -> None:
+        self._ones = torch.ones(2)
+
     def start(self, losses: torch.Tensor) -> None:
         """Nothing to be taken."""
 
     def scales(self) -> torch.Tensor:
         """Ones."""
-        return torch.ones(2)
+        return self._ones
 
     def update(self, losses: torch.Tensor, gradient_norms: torch.Tensor) -> None:
-        """Nothing to be learned."""
+        """Nothing to be learned, but where the losses are."""
+        self._ones = self._ones.to(losses.device)
 
     def state_dict(self) -> dict[str, list[float]]:
         """Nothing to be kept."""
@@ -102,7 +106,7 @@ class Uncertainty:
     """s_i = exp(−v_i), v_i the learned log-variance of loss i.
 
     Kendall, Gal and Cipolla 2018 (arXiv 1705.07115, in the form with log-variances) minimise
-    Σ_i λ_i·(exp(−v_i)·L_i + v_i/2) over model and v together. Here v takes plain gradient steps,
+    Σ_i exp(−v_i)·L_i + v_i/2 over model and v together. Here v takes plain gradient steps,
     v_i ← v_i − η·(1/2 − exp(−v_i)·ℓ_i), from v_i = 0. At rest exp(−v_i) = 1/(2ℓ_i): as under
     `ema`, a loss is divided by its own size, which it follows at the rate η.
     """
@@ -143,7 +147,7 @@ class GradNorm:
     the equation has the solution above, so it is solved instead, with running means (decay β) of
     g_i = ‖∂L_i/∂z‖ and ℓ_i. z is the last tap's output rather than its weights: there the two
     gradients arrive apart in the one backward pass that is run anyway, so that measuring them
-    needs no further pass.
+    needs no further pass. What the head sends through the shallower tap is not counted.
     """
 
     reads_first_losses = reads_gradients = True

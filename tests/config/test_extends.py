@@ -44,6 +44,8 @@ def test_a_shipped_recipe_is_what_its_parts_say() -> None:
         ("extends: digts", "there is no recipe 'digts', did you mean 'digits'"),
         ("extends: nowhere.yaml", "there is no file"),
         ("extends: {a: 1}", "name a recipe, a file, or a list of them"),
+        ("extends: 3", "name a recipe, a file, or a list of them"),
+        ("extends:", "name a recipe, a file, or a list of them"),
         ("extends: [1]", "name a recipe, a file, or a list of them"),
         ("extends: mine.yaml", "they extend each other"),
     ],

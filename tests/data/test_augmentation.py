@@ -16,6 +16,7 @@ from amint_ray.contracts import Batch, Role
 from amint_ray.data.loading import MemoryStreams
 from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import crop_and_flip
+from amint_ray.train.step import split
 
 SIZES = {"member": 31, "withheld": 6, "external": 19, "calibration": 5, "test": 7}
 N, SIDE = sum(SIZES.values()), 16  # the reach is two pixels
@@ -227,10 +228,10 @@ def test_micro_batches_hold_every_row_once_and_evenly(
     parts: int, views: str, lambda_mint: float
 ) -> None:
     for batch in streams(views, lambda_mint=lambda_mint).train_batches(0):
-        split = batch.split(parts)
-        assert len(split) == parts
+        micro = split(batch, parts)
+        assert len(micro) == parts
         together: Counter[tuple[Any, ...]] = Counter()
-        for part in split:
+        for part in micro:
             together += described(part)
             assert part.head_from == (part.n_task if batch.head_from else 0)
             assert len(part.membership) == len(part.images) - part.head_from
@@ -239,7 +240,7 @@ def test_micro_batches_hold_every_row_once_and_evenly(
                 batch.told_per_worker,
             )
         assert together == described(batch)
-        for whole, *each in zip(kinds_of(batch), *map(kinds_of, split), strict=True):
+        for whole, *each in zip(kinds_of(batch), *map(kinds_of, micro), strict=True):
             assert sum(each) == whole
             assert max(each) - min(each) <= 1
 
@@ -264,5 +265,5 @@ def test_the_losses_of_micro_batches_add_up(views: str) -> None:
     for batch in streams(views).train_batches(0):
         whole = losses(batch)
         for parts in (2, 3, 4):
-            split = batch.split(parts)
-            torch.testing.assert_close(sum(losses(part) for part in split), whole)
+            micro = split(batch, parts)
+            torch.testing.assert_close(sum(losses(part) for part in micro), whole)

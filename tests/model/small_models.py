@@ -21,6 +21,7 @@ CLASSES = 5
 ATTENTION = HeadSpec("attention", channels=6, queries=2, hidden=10)
 CONV = HeadSpec("conv", channels=6, hidden=10, pool=None)
 TOKENS = HeadSpec("tokens")
+MLP = HeadSpec("mlp", hidden=10)
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,16 @@ def plain_head(
             x = F.max_pool2d(x, 2, ceil_mode=True)
             x = F.conv2d(x, b["layers.3.weight"], b["layers.3.bias"], padding=1).relu()
             evidence.append(x.amax((2, 3)))
+            continue
+        if spec.kind == "mlp":
+            own = square_of(m, layout, prefix)
+            if spec.pool is not None and own.shape[-1] > spec.pool:
+                own = F.adaptive_avg_pool2d(own, spec.pool)
+                evidence.append(
+                    torch.cat([tokens_of(m, layout)[:, :prefix].flatten(1), own.flatten(1)], 1)
+                )
+            else:
+                evidence.append(m.flatten(1))
             continue
         x = tokens_of(m, layout)
         side = math.isqrt(x.shape[1])

@@ -11,6 +11,7 @@ from small_models import (
     CLASSES,
     CONVNEXT,
     DENSENET,
+    MLP,
     RESNET,
     SWIN,
     TOKENS,
@@ -58,7 +59,15 @@ KINDS: list[tuple[Small, str, Layout, int, tuple[int, ...]]] = [
     (MAMBAOUT, "stages.0", "NHWC", 0, (8, 8, 8)),
 ]
 _WIDE = HeadSpec("conv", channels=16, hidden=32, pool=None)
-HEADS = [ATTENTION, replace(ATTENTION, pool=2), _WIDE, replace(_WIDE, pool=2), TOKENS]
+HEADS = [
+    MLP,
+    replace(MLP, pool=2),
+    ATTENTION,
+    replace(ATTENTION, pool=2),
+    _WIDE,
+    replace(_WIDE, pool=2),
+    TOKENS,
+]
 
 
 def _sites(small: Small) -> dict[str, Site]:

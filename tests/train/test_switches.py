@@ -180,6 +180,18 @@ def test_taps_inside_of_a_checkpointed_block(weighting: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_model_with_checkpointed_blocks_trains_alike() -> None:
+    """BatchNorm's statistics, too, move once a step."""
+    switches = {"compile": True, "checkpoint_activations": True}
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):
+        compiled = run(RESNET, switches)
+    plain = run(RESNET, {})
+    assert_close(compiled, plain, 1e-3)
+    assert_same_weights(compiled.weights, plain.weights, 1e-3)
+
+
+@pytest.mark.slow
 def test_a_compiled_model_trains_alike() -> None:
     model, mint = VIT
     small = (
