@@ -39,7 +39,6 @@ HEADS = {
     "tokens": ["mint.head=tokens"],
     "attention": ["mint.head=attention"],
     "mlp": ["mint.head=mlp"],
-    "mlp, 512 hidden": ["mint.head=mlp", "mint.hidden=512"],
 }
 
 

@@ -95,13 +95,19 @@ class MintHead(nn.Module):
         return membership
 
 
+_GAIN = 4.0
+"""Initial gain of a normalised map; at 1 the head learned more slowly (docs/benchmarks.md)."""
+
+
 class PositionsBranch(nn.Module):
     """All that a tap gives, on a coarse grid; the hidden layer weighs each position and channel.
 
     A weight that is used once costs one multiplication an image, where a convolution's costs one at
     each position: for the same arithmetic the head can tell more images apart. Larger maps, and the
     square of a sequence's own tokens, are averaged to `pool`×`pool` first; class and register
-    tokens stay as they are.
+    tokens stay as they are. What a map gives is normalised over the whole image, since its scale
+    can be anything; tokens come off a residual stream and are taken as they are (normalised, they
+    taught the head less).
     """
 
     def __init__(self, tap: Tap, pool: int | None) -> None:
@@ -114,15 +120,20 @@ class PositionsBranch(nn.Module):
             tap.prefix + self._pool**2 if self._pool else math.prod(tap.shape) // tap.channels
         )
         self.width = positions * tap.channels
+        self.norm = nn.Identity() if tap.layout == "NLC" else nn.LayerNorm(self.width)
+        if isinstance(self.norm, nn.LayerNorm):
+            nn.init.constant_(self.norm.weight, _GAIN)
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """(n, …) activation → (n, width)."""
-        if self._pool is None:
-            return activation.flatten(1)
-        own = _pooled(_maps(activation, self._tap), self._pool).flatten(1)
-        if not self._tap.prefix:
-            return own
-        return torch.cat([activation[:, : self._tap.prefix].flatten(1), own], dim=1)
+        parts = [activation]
+        if self._pool is not None:
+            parts = [_pooled(_maps(activation, self._tap), self._pool)]
+            if self._tap.prefix:
+                parts.insert(0, activation[:, : self._tap.prefix])
+        flat = [part.flatten(1) for part in parts]
+        evidence: torch.Tensor = self.norm(flat[0] if len(flat) == 1 else torch.cat(flat, dim=1))
+        return evidence
 
 
 class ConvBranch(nn.Module):

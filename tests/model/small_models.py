@@ -200,14 +200,15 @@ def plain_head(
             evidence.append(x.amax((2, 3)))
             continue
         if spec.kind == "mlp":
-            own = square_of(m, layout, prefix)
+            x, own = tokens_of(m, layout)[:, :prefix], square_of(m, layout, prefix)
             if spec.pool is not None and own.shape[-1] > spec.pool:
                 own = F.adaptive_avg_pool2d(own, spec.pool)
-                evidence.append(
-                    torch.cat([tokens_of(m, layout)[:, :prefix].flatten(1), own.flatten(1)], 1)
-                )
+                x = torch.cat([x.flatten(1), own.flatten(1)], 1)
             else:
-                evidence.append(m.flatten(1))
+                x = m.flatten(1)
+            if layout != "NLC":
+                x = F.layer_norm(x, x.shape[1:], b["norm.weight"], b["norm.bias"])
+            evidence.append(x)
             continue
         x = tokens_of(m, layout)
         side = math.isqrt(x.shape[1])

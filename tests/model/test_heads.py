@@ -59,7 +59,8 @@ def test_the_mlp_heads_weights_by_hand() -> None:
     head = MintHead(HeadSpec("mlp", hidden=20), [A_MAP, A_CHANNELS_LAST_MAP, SOME_TOKENS], CLASSES)
     # The first map is pooled to 4×4; the second, and the tokens behind the class token, have that.
     width = 16 * 32 + 16 * 96 + 17 * 24
-    assert _weights(head) == (width * 20 + 20) + (20 + 1)
+    norms = 2 * (16 * 32 + 16 * 96)  # of the maps
+    assert _weights(head) == norms + (width * 20 + 20) + (20 + 1)
     coarse = MintHead(HeadSpec("mlp", hidden=20, pool=2), [SOME_TOKENS], CLASSES)
     assert _weights(coarse) == ((1 + 4) * 24 * 20 + 20) + (20 + 1)
 
