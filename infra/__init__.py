@@ -1,0 +1,1 @@
+"""What amint_ray runs on."""
