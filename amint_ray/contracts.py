@@ -123,15 +123,24 @@ class ScoreBatch:
 
 
 class Streams(Protocol):
-    """What the training loop reads: this rank's part of the data, in an order set by the seed."""
+    """What the training loop reads: this rank's part of the data, in an order set by the seed.
+
+    Attributes:
+        steps_per_epoch: joint steps in an epoch.
+        lost: images that could not be read when their turn came: the reason by sample id.
+    """
 
     steps_per_epoch: int
+    lost: Mapping[str, str]
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
-        """The joint batches of one epoch (counted from 0); as many on every rank."""
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The joint batches of one epoch (both counted from 0); as many on every rank."""
 
     def score_batches(self, roles: Collection[Role]) -> Iterator[ScoreBatch]:
         """Every sample of these roles once over all ranks, this rank's part of them."""
+
+    def close(self) -> None:
+        """End whatever reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class ScoreTable:
         role: the sample's `Role`, as a string.
         label: true class index.
         prediction: the task's most likely class.
-        task_loss: cross-entropy in nats.
+        task_loss: cross-entropy in nats; NaN where the sample has no label (−1).
         mint_logit: the MINT head's logit; larger means "more likely a member".
     """
 
@@ -161,7 +170,18 @@ class ScoreTable:
 
     def of(self, role: Role) -> ScoreTable:
         """The rows of one role."""
-        keep = self.role == role.value
+        return self._kept(self.role == role.value)
+
+    def without(self, sample_ids: Collection[str]) -> ScoreTable:
+        """The rows of all other samples."""
+        return self._kept(~self._among(sample_ids)) if sample_ids else self
+
+    def _among(self, sample_ids: Collection[str]) -> npt.NDArray[np.bool_]:
+        import numpy as np
+
+        return np.isin(self.sample_id, list(sample_ids))
+
+    def _kept(self, keep: npt.NDArray[np.bool_]) -> ScoreTable:
         return ScoreTable(**{name: column[keep] for name, column in vars(self).items()})
 
 

@@ -70,7 +70,9 @@ def fingerprint(config: Config) -> str:
     Where the data lie and where the run is computed and recorded is left out.
     """
     elsewhere = {"cluster": True, "storage": True, "tracking": True}
-    values = config.model_dump(mode="json", exclude={**elsewhere, "data": {"path", "memory_gib"}})
+    reading = {"path", "memory_gib", "readers", "timeout_seconds"}
+    data = dict.fromkeys(reading, True) | {"external": {"path"}}
+    values = config.model_dump(mode="json", exclude={**elsewhere, "data": data})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

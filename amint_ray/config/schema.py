@@ -5,110 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from amint_ray.config.data_schema import Data
+from amint_ray.config.section import Names, Section, listed
 from amint_ray.contracts import RESERVED_OPTIONS
-
-
-def _listed(value: Any) -> Any:
-    """One name may stand without its list."""
-    return (value,) if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """What all sections have in common: unknown keys and lax types are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-# YAML has lists only; a tuple cannot be changed behind the frozen config's back.
-Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_listed)]
-
-
-class Shares(Section):
-    """Which share of the pool each role gets; the five must add up to 1."""
-
-    member: Share = 0.36
-    """Trains the task, and the MINT head as 1."""
-    withheld: Share = 0.04
-    """Trains the task; never shown to the MINT head."""
-    external: Share = 0.40
-    """Trains the MINT head as 0; never the task."""
-    calibration: Share = 0.10
-    """Thresholds and conformal p-values; trains nothing."""
-    test: Share = 0.10
-    """Every reported false-positive rate; trains nothing. An official test split is added to it."""
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> Shares:
-        total = math.fsum(self.model_dump().values())
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"the five shares add up to {total:.6g}, not to 1")
-        if self.member == 0:
-            raise ValueError("the member share is 0: nothing could be asked about")
-        return self
-
-
-class Data(Section):
-    """Where the images come from and who gets which role."""
-
-    source: Literal["digits", "parquet"] = "digits"
-    """`digits`: scikit-learn's bundled 8×8 digits. `parquet`: a folder or file in the Hugging Face
-    hub's layout (an image column of `{bytes, path}`, a label column)."""
-    path: str | None = None
-    """Folder or file of a `parquet` source. Files named `test…` or `validation…`, or in a
-    folder of that name, are the official test split: all of it gets the role `test`. A test file
-    without labels (all −1) is left out."""
-    image_column: str | None = None
-    """Image column of a `parquet` source; by default the only column that holds images."""
-    label_column: str = "label"
-    """Label column of a `parquet` source."""
-    image_size: Annotated[int, Field(ge=4, le=4096)] = 32
-    """Height and width in pixels that the backbone sees. Other sizes are resized when decoded
-    (shorter side to this, then the centre)."""
-    channels: Literal[1, 3] = 3
-    """1: gray, 3: RGB. Images of the other kind are converted."""
-    mean: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Subtracted from every pixel after scaling to [0, 1]."""
-    std: Annotated[float, Field(gt=0)] = 0.5
-    """Every pixel is divided by this afterwards."""
-    augment: Literal["none", "crop_flip"] = "none"
-    """How the task sees D in training. `crop_flip`: shifted by up to an eighth of the side on black
-    ground, and flipped half the time. Nothing is augmented when scored."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first so many images of each official split; all of them by default."""
-    memory_gib: Annotated[float, Field(gt=0)] = 8.0
-    """Decoded images are held in memory as bytes; a set that needs more than this is refused. While
-    they are handed to Ray, twice as much is taken for a moment."""
-    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Keys the hash that gives each image its role. No secret: it only makes another split."""
-    shares: Shares = Shares()
-    """How much of the pool each role gets."""
-
-    @model_validator(mode="after")
-    def _path_where_needed(self) -> Data:
-        if self.source == "parquet" and self.path is None:
-            raise ValueError("source 'parquet' needs data.path=FOLDER with Parquet files")
-        if self.source == "digits" and self.path is not None:
-            raise ValueError("source 'digits' is bundled and takes no data.path")
-        return self
 
 
 class Model(Section):
@@ -154,7 +57,7 @@ class Mint(Section):
     `conv` do so with a square of tokens, too); null: never, as in the paper, which on large maps
     can cost more than the backbone."""
     inputs: Annotated[
-        tuple[Literal["logits", "loss"], ...], Field(strict=False), BeforeValidator(_listed)
+        tuple[Literal["logits", "loss"], ...], Field(strict=False), BeforeValidator(listed)
     ] = ()
     """What else the head reads, in training as in scoring: the task's `logits`, the task `loss`
     (whoever asks the model must then give labels). E's rows must then pass the whole backbone, its
@@ -246,6 +149,9 @@ class Train(Section):
     checkpoint_every: Annotated[int, Field(ge=1)] = 10
     """Epochs between two checkpoints; the last epoch always has one. A run whose worker dies goes
     on from the last."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two checkpoints within an epoch, for epochs that take hours; the run goes on at
+    the very next sample."""
 
 
 class Evaluation(Section):
@@ -320,9 +226,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _roles_that_training_needs(self) -> Config:
-        if self.loss.lambda_mint > 0 and self.data.shares.external == 0:
+        none = self.data.shares.external == 0 and self.data.external.source is None
+        if self.loss.lambda_mint > 0 and none:
             raise ValueError(
-                "loss.lambda_mint > 0 needs external images: give data.shares.external a share"
+                "loss.lambda_mint > 0 needs external images: give data.shares.external a share, or "
+                "a data.external.source"
             )
         return self
 

@@ -13,7 +13,8 @@ from amint_ray.config import reference
 from amint_ray.config.load import fingerprint, load_config
 from amint_ray.config.schema import Config
 
-LEFT_OUT = ("cluster", "storage", "tracking", "data.path", "data.memory_gib")
+LEFT_OUT = ("cluster", "storage", "tracking", "data.path", "data.memory_gib", "data.readers")
+LEFT_OUT += ("data.timeout_seconds", "data.external.path")
 
 
 def sections(model: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -125,6 +126,7 @@ def test_rows_of_e_in_a_batch(batch_size: int, ratio: float, rows: int) -> None:
     ("augment", "views", "lambda_mint", "rows"),
     [
         ("crop_flip", "plain", 1.0, 64),
+        ("timm", "plain", 1.0, 64),
         ("crop_flip", "task", 1.0, 0),
         ("crop_flip", "plain", 0.0, 0),
         ("none", "plain", 1.0, 0),
