@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from amint_ray.config.schema import Shares
+from amint_ray.config.data_schema import Shares
 from amint_ray.contracts import Role
 
 
@@ -118,6 +118,8 @@ def build_manifest(
     *,
     shares: Shares,
     seed: int,
+    group: Sequence[str] | None = None,
+    external: npt.NDArray[np.bool_] | None = None,
 ) -> Manifest:
     """Give every sample its role.
 
@@ -127,16 +129,24 @@ def build_manifest(
     Args:
         sample_id: n names.
         content: n content hashes.
-        label: (n,) class indices.
+        label: (n,) class indices; −1 where an external image has none.
         official_test: (n,) whether the source's publisher calls the sample a test sample.
         shares: how the rest is divided.
         seed: key of the role hash.
+        group: what decides in the content's place: the same for samples that must share a role.
+        external: (n,) whether the sample is from a source that is all `external`.
     """
-    tested = {c for c, test in zip(content, official_test, strict=True) if test}
-    roles = [Role.TEST if c in tested else role_of(c, shares, seed) for c in content]
+    keys = content if group is None else group
+    tested = {key for key, test in zip(keys, official_test, strict=True) if test}
+    by_key = {key: Role.TEST if key in tested else role_of(key, shares, seed) for key in set(keys)}
+    roles = [by_key[key].value for key in keys]
+    if external is not None:
+        roles = [
+            Role.EXTERNAL.value if own else role for role, own in zip(roles, external, strict=True)
+        ]
     return Manifest(
         sample_id=np.array(sample_id, dtype=np.str_),
         content=np.array(content, dtype=np.str_),
         label=label.astype(np.int64),
-        role=np.array([role.value for role in roles], dtype=np.str_),
+        role=np.array(roles, dtype=np.str_),
     )

@@ -27,6 +27,7 @@ MANIFEST = Manifest(
     sample_id=IDS, content=IDS, label=(np.arange(N) * 3 % 7).astype(np.int64), role=ROLES
 )
 WORLDS = (1, 2, 3)
+ROWS = {4: 6, 5: 7}  # of D and of E in a step
 VIEWS = pytest.mark.parametrize("views", ["plain", "task"])
 
 
@@ -96,36 +97,38 @@ def positions(batch: Batch) -> list[int]:
 def test_plain_views_are_rows_of_their_own() -> None:
     for batch in streams("plain").train_batches(0):
         at = positions(batch)
-        assert batch.n_task == batch.head_from == 5
-        assert len(batch.images) == 5 + 5 + 7
-        assert at[:5] == at[5:10]
-        assert set(ROLES[at[:5]]) <= {"member", "withheld"}
-        assert set(ROLES[at[10:]]) == {"external"}
+        d, e = batch.n_task, ROWS[batch.n_task]
+        assert batch.head_from == d
+        assert len(batch.images) == d + d + e
+        assert at[:d] == at[d : 2 * d]
+        assert set(ROLES[at[:d]]) <= {"member", "withheld"}
+        assert set(ROLES[at[2 * d :]]) == {"external"}
         assert batch.labels.tolist() == MANIFEST.label[at].tolist()
-        assert batch.membership.tolist() == [1.0] * 5 + [0.0] * 7
-        assert batch.told.tolist() == [ROLES[i] != "withheld" for i in at[5:]]
+        assert batch.membership.tolist() == [1.0] * d + [0.0] * e
+        assert batch.told.tolist() == [ROLES[i] != "withheld" for i in at[d:]]
         assert batch.told_per_worker == int(batch.told.sum())
-        assert batch.task_per_worker == 5
+        assert batch.task_per_worker == d
         how = moves(batch)
-        assert how[5:] == [PLAIN] * 12
-        assert len(set(how[:5])) > 1
+        assert how[d:] == [PLAIN] * (d + e)
+        assert len(set(how[:d])) > 1
 
 
 def test_with_the_tasks_views_d_and_e_are_moved_alike() -> None:
     of_d: Counter[tuple[int, int, bool]] = Counter()
     of_e: Counter[tuple[int, int, bool]] = Counter()
     stream = streams("task")
-    for epoch in range(20):
+    for epoch in range(12):
         for batch in stream.train_batches(epoch):
             at = positions(batch)
-            assert (batch.n_task, batch.head_from, len(at)) == (5, 0, 12)
+            d, e = batch.n_task, ROWS[batch.n_task]
+            assert (batch.head_from, len(at)) == (0, d + e)
             assert batch.labels.tolist() == MANIFEST.label[at].tolist()
-            assert batch.membership.tolist() == [1.0] * 5 + [0.0] * 7
+            assert batch.membership.tolist() == [1.0] * d + [0.0] * e
             assert batch.told.tolist() == [ROLES[i] != "withheld" for i in at]
             how = moves(batch)
-            of_d.update(how[:5])
-            of_e.update(how[5:])
-            assert set(ROLES[at[5:]]) == {"external"}
+            of_d.update(how[:d])
+            of_e.update(how[d:])
+            assert set(ROLES[at[d:]]) == {"external"}
     for seen in (of_d, of_e):
         assert set(seen) == set(VARIANTS)
         total = sum(seen.values())
@@ -140,8 +143,8 @@ def test_the_view_of_d_does_not_depend_on_e(views: str, ratio: float) -> None:
     plain = streams(views, lambda_mint=0.0)
     joint = streams(views, external_ratio=ratio)
     for a, b in zip(plain.train_batches(2), joint.train_batches(2), strict=True):
-        assert len(a.images) == a.n_task == 5
-        assert torch.equal(a.images, b.images[:5])
+        assert len(a.images) == a.n_task == b.n_task
+        assert torch.equal(a.images, b.images[: b.n_task])
 
 
 @VIEWS
@@ -152,9 +155,10 @@ def test_augmented_batches_are_the_same_on_any_number_of_workers(views: str, wor
         mine = slice(rank, None, world)
         parts = streams(views, rank=rank, world=world).train_batches(1)
         for whole, part in zip(alone, parts, strict=True):
-            kinds = [slice(0, 5), slice(5, 10), slice(10, 17)]
+            d, n = whole.n_task, len(whole.images)
+            kinds = [slice(0, d), slice(d, 2 * d), slice(2 * d, n)]
             if views == "task":
-                kinds = [slice(0, 5), slice(5, 12)]
+                kinds = [slice(0, d), slice(d, n)]
             for name in ("images", "labels"):
                 values = [getattr(whole, name)[kind][mine] for kind in kinds]
                 assert torch.equal(getattr(part, name), torch.cat(values)), name
@@ -163,9 +167,9 @@ def test_augmented_batches_are_the_same_on_any_number_of_workers(views: str, wor
             for name in ("membership", "told"):
                 value = getattr(whole, name)
                 assert torch.equal(
-                    getattr(part, name), torch.cat([value[:5][mine], value[5:][mine]])
+                    getattr(part, name), torch.cat([value[:d][mine], value[d:][mine]])
                 )
-            assert part.n_task == len(range(5)[mine])
+            assert part.n_task == len(range(d)[mine])
             assert part.head_from == (part.n_task if views == "plain" else 0)
             assert part.task_per_worker * world == pytest.approx(whole.task_per_worker)
             assert part.told_per_worker * world == pytest.approx(whole.told_per_worker)
@@ -173,14 +177,15 @@ def test_augmented_batches_are_the_same_on_any_number_of_workers(views: str, wor
 
 def test_draws_are_a_function_of_seed_and_step() -> None:
     def views(seed: int, epoch: int) -> torch.Tensor:
-        return torch.cat([b.images[:5] for b in streams(seed=seed).train_batches(epoch)])
+        batches = streams(seed=seed).train_batches(epoch)
+        return torch.cat([batch.images[: batch.n_task] for batch in batches])
 
     assert torch.equal(views(3, 1), views(3, 1))
     draws = {
         tuple(how)
         for seed in (3, 4)
         for epoch in (0, 1)
-        for how in [moves(next(iter(streams(seed=seed).train_batches(epoch))))[:5]]
+        for how in [moves(next(iter(streams(seed=seed).train_batches(epoch))))[:4]]
     }
     assert len(draws) == 4
 
@@ -198,8 +203,16 @@ def test_scoring_is_never_augmented(views: str) -> None:
 
 def test_without_augmentation_there_are_no_rows_apart() -> None:
     for batch in streams("plain", augment="none").train_batches(0):
-        assert (batch.n_task, batch.head_from, len(batch.images)) == (5, 0, 12)
-        assert moves(batch) == [PLAIN] * 12
+        rows = batch.n_task + ROWS[batch.n_task]
+        assert (batch.head_from, len(batch.images)) == (0, rows)
+        assert moves(batch) == [PLAIN] * rows
+
+
+@VIEWS
+def test_a_resumed_epoch_is_augmented_alike(views: str) -> None:
+    whole = list(streams(views).train_batches(1))
+    for got, expected in zip(streams(views).train_batches(1, 3), whole[3:], strict=True):
+        assert torch.equal(got.images, expected.images)
 
 
 # --- micro-batches --------------------------------------------------------------------------------

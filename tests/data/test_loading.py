@@ -13,14 +13,17 @@ import torch
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, UserError
-from amint_ray.data.loading import MemoryStreams, check_roles
+from amint_ray.data.loading import MemoryStreams, Schedule, check_roles, smallest_step
+from amint_ray.data.orders import Positions, shuffled
 from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import to_model_input
 
 SIZES = {"member": 41, "withheld": 9, "external": 23, "calibration": 12, "test": 15}
 N = sum(SIZES.values())
 MEAN, STD = 0.25, 0.5
-WORLDS = (1, 2, 3, 4)  # a batch of 6 cannot be dealt evenly to 4
+WORLDS = (1, 2, 3, 4)  # neither 5 nor 6 rows can be dealt evenly to 4
+# 50 images of D in batches of at most 6.
+STEPS, ROWS = 9, (5, 6)
 
 
 def make_manifest(**sizes: int) -> Manifest:
@@ -102,14 +105,16 @@ def test_global_batch_is_the_same_on_any_number_of_workers(
     config = make_config(external_ratio=ratio, lambda_mint=lambda_mint)
     for epoch in (0, 3):
         alone = list(streams(config).train_batches(epoch))
-        assert len(alone) == streams(config).steps_per_epoch == 50 // 6
+        assert len(alone) == streams(config).steps_per_epoch == STEPS
+        assert {batch.n_task for batch in alone} == set(ROWS)
         for world in WORLDS:
             ranks = [list(streams(config, r, world).train_batches(epoch)) for r in range(world)]
             for step, together in enumerate(zip(*ranks, strict=True)):
                 assert rows(together) == rows([alone[step]])
+                d = alone[step].n_task
                 for batch in together:
-                    assert batch.n_task in (6 // world, math.ceil(6 / world))
-                    assert batch.task_per_worker == 6 / world
+                    assert batch.n_task in (d // world, math.ceil(d / world))
+                    assert batch.task_per_worker == d / world
                     told = sum(int(b.told.sum()) for b in together) if lambda_mint else 0
                     assert batch.told_per_worker * world == pytest.approx(told)
 
@@ -117,24 +122,69 @@ def test_global_batch_is_the_same_on_any_number_of_workers(
 def test_rows_of_a_batch_say_who_they_are() -> None:
     for batch in streams(make_config()).train_batches(0):
         ids = numbers(batch.images)
+        d, e = batch.n_task, {5: 8, 6: 9}[batch.n_task]
         assert batch.images.dtype == batch.membership.dtype == torch.float32
-        assert batch.n_task == 6
-        assert len(ids) == 6 + 9
+        assert len(ids) == d + e
         assert batch.head_from == 0
         assert batch.labels.tolist() == MANIFEST.label[ids].tolist()
         assert batch.sample_id.tolist() == [f"s{i}" for i in ids]
-        assert batch.membership.tolist() == [1.0] * 6 + [0.0] * 9
+        assert batch.membership.tolist() == [1.0] * d + [0.0] * e
         assert batch.told.tolist() == [MANIFEST.role[i] != "withheld" for i in ids]
-        assert set(ids[:6]) <= having("member", "withheld")
-        assert set(ids[6:]) <= having("external")
+        assert set(ids[:d]) <= having("member", "withheld")
+        assert set(ids[d:]) <= having("external")
 
 
-def test_an_epoch_shows_each_of_d_at_most_once_and_drops_others_next_time() -> None:
-    config = make_config()
-    shown = [epoch_ids(config, epoch)[0] for epoch in range(6)]
-    for ids in shown:
-        assert len(set(ids)) == len(ids) == 48
-    assert set().union(*shown) == having("member", "withheld")
+@pytest.mark.parametrize("batch_size", [2, 6, 7, 25, 49, 50])
+def test_an_epoch_shows_each_of_d_exactly_once(batch_size: int) -> None:
+    config = make_config(batch_size=batch_size)
+    for epoch in range(3):
+        assert sorted(epoch_ids(config, epoch)[0]) == sorted(having("member", "withheld"))
+
+
+@pytest.mark.parametrize(
+    ("d", "batch_size"), [(2, 2), (3, 2), (50, 6), (50, 49), (1000, 64), (1281, 128), (65, 64)]
+)
+def test_steps_are_as_few_and_as_even_as_they_can_be(d: int, batch_size: int) -> None:
+    def order(positions: Positions, stream: str, number: int) -> Positions:
+        return shuffled(positions, 0, stream, number)
+
+    config = make_config(batch_size=batch_size, epochs=2)
+    schedule = Schedule(np.arange(d), np.arange(d, d + 20), config, order)
+    assert schedule.steps_per_epoch == math.ceil(d / batch_size)
+    assert schedule.total_steps == 2 * schedule.steps_per_epoch
+    steps = [schedule.step(number) for number in range(schedule.total_steps)]
+    sizes = [len(step.d) for step in steps]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert np.concatenate([step.d_place for step in steps]).tolist() == list(range(2 * d))
+    places = np.concatenate([step.e_place for step in steps])
+    assert places.tolist() == list(range(len(places)))
+    assert [len(step.e) for step in steps] == [int(np.rint(size * 1.5)) for size in sizes]
+    manifest = make_manifest(**(SIZES | {"member": d - 1, "withheld": 1}))
+    assert smallest_step(manifest, config) == min(sizes)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 4.0])
+@pytest.mark.parametrize("first", [1, 4, STEPS - 1, STEPS])
+def test_an_epoch_can_be_entered_at_any_step(first: int, ratio: float) -> None:
+    config = make_config(external_ratio=ratio)
+    for epoch in (0, 2):
+        whole = list(streams(config).train_batches(epoch))
+        rest = list(streams(config).train_batches(epoch, first_step=first))
+        assert [rows([batch]) for batch in rest] == [rows([batch]) for batch in whole[first:]]
+        assert [batch.sample_id.tolist() for batch in rest] == [
+            batch.sample_id.tolist() for batch in whole[first:]
+        ]
+
+
+def test_images_in_memory_are_not_lost() -> None:
+    held = MemoryStreams(
+        IMAGES, MANIFEST, make_config(), rank=0, world_size=1, device=torch.device("cpu")
+    )
+    list(held.train_batches(0))
+    held.close()
+    assert dict(held.lost) == {}
+    assert len(list(held.train_batches(0))) == STEPS
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.5, 4.0])
@@ -225,10 +275,12 @@ def test_d_must_fill_one_batch() -> None:
         check_roles(MANIFEST, make_config(batch_size=51))
 
 
-@pytest.mark.parametrize(("ratio", "rows_of_e"), [(0.25, 2), (0.1, 1), (1.5, 9), (4.0, 24)])
-def test_rows_of_e_are_rounded(ratio: float, rows_of_e: int) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "of_five", "of_six"), [(0.25, 1, 2), (0.3, 2, 2), (1.5, 8, 9), (4.0, 20, 24)]
+)
+def test_rows_of_e_are_rounded_in_each_step(ratio: float, of_five: int, of_six: int) -> None:
     for batch in streams(make_config(external_ratio=ratio)).train_batches(0):
-        assert len(batch.images) - batch.n_task == rows_of_e
+        assert len(batch.images) - batch.n_task == {5: of_five, 6: of_six}[batch.n_task]
 
 
 def test_less_than_one_row_of_e_is_refused() -> None:
@@ -236,3 +288,11 @@ def test_less_than_one_row_of_e_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.external_ratio = 0\.05"):
         check_roles(MANIFEST, make_config(external_ratio=0.05))
     check_roles(MANIFEST, make_config(external_ratio=0.05, lambda_mint=0.0))
+
+
+def test_a_run_whose_steps_are_too_small_for_any_of_e_is_refused() -> None:
+    """Seven images of D make steps of three and four, however large a batch may be."""
+    manifest = make_manifest(member=7, external=20, calibration=3, test=3)
+    with pytest.raises(UserError, match=r"train\.external_ratio = 0\.1"):
+        check_roles(manifest, make_config(batch_size=6, external_ratio=0.1))
+    check_roles(manifest, make_config(batch_size=6, external_ratio=0.3))

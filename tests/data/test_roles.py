@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from amint_ray.config.schema import Shares
+from amint_ray.config.data_schema import Shares
 from amint_ray.contracts import Role
 from amint_ray.data.roles import Manifest, build_manifest, content_hash, role_of
 
