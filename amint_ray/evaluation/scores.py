@@ -30,7 +30,9 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
     for batch in batches:
         labels = batch.labels.to(device)
         logits, membership = model(batch.images.to(device), labels=labels)
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
+        known = labels >= 0  # external images from elsewhere may have none
+        loss = F.cross_entropy(logits.double(), labels.clamp(min=0), reduction="none")
+        loss = loss.masked_fill(~known, torch.nan)
         parts.append(
             ScoreTable(
                 sample_id=batch.sample_id,
