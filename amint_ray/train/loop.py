@@ -40,12 +40,14 @@ class Trained:
         model: the trained model, on the rank's device.
         scores: of all samples, on rank 0; empty on the others.
         history: one entry an epoch.
+        lost: images that some rank could not read when their turn came: the reason by sample id.
         seconds: of `setup`, `train` and `evaluate`.
     """
 
     model: AuditedModel
     scores: ScoreTable
     history: list[dict[str, float]]
+    lost: dict[str, str]
     seconds: dict[str, float]
 
 
@@ -67,7 +69,7 @@ def train(
     model = _parallel(state.model, context)
     set_up = time.perf_counter()
     while state.epoch < config.train.epochs:
-        _train_epoch(model, state, config, streams, context)
+        _train_epoch(model, state, config, architecture, streams, context)
         done = state.epoch == config.train.epochs
         if not done and state.epoch % config.train.checkpoint_every == 0:
             context.report(state.history[-1], _writer(state, config, architecture))
@@ -76,6 +78,7 @@ def train(
     with uncompiled():
         part = score(state.model, streams.score_batches(list(Role)), context.device)
     scores = _gather(part, context)
+    lost = dict(gather_lists(list(streams.lost.items())))
     evaluated = time.perf_counter()
     context.report(state.history[-1], _writer(state, config, architecture, scores))
     assert isinstance(state.model, AuditedModel)
@@ -83,6 +86,7 @@ def train(
         model=state.model,
         scores=scores,
         history=state.history,
+        lost=lost,
         seconds={
             "setup": set_up - started,
             "train": trained - set_up,
@@ -130,16 +134,21 @@ def _parallel(model: nn.Module, context: RunContext) -> nn.Module:
 
 
 def _train_epoch(
-    model: nn.Module, state: TrainState, config: Config, streams: Streams, context: RunContext
+    model: nn.Module,
+    state: TrainState,
+    config: Config,
+    architecture: Architecture,
+    streams: Streams,
+    context: RunContext,
 ) -> None:
     """One pass over D; adds its entry to the history."""
-    # Dropout and the like must not depend on how often a run was interrupted.
-    torch.manual_seed(config.train.seed + 1_000_003 * (state.epoch + 1) + context.rank)
+    _seed(state, config, context)
     model.train()
-    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=context.device)
+    totals = torch.tensor(state.sums or [0.0] * len(SUMS), dtype=torch.float64).to(context.device)
     before: _Step | None = None
-    started = time.perf_counter()
-    for number, batch in enumerate(streams.train_batches(state.epoch), start=1):
+    started, first = time.perf_counter(), state.step
+    batches = streams.train_batches(state.epoch, first)
+    for number, batch in enumerate(batches, start=first + 1):
         step = _Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
         sums = train_step(model, batch.to(context.device), state.objective, state.update)
         step.done(sums)
@@ -154,8 +163,17 @@ def _train_epoch(
                 "epochs": config.train.epochs,
                 "step": step.number,
                 "steps": config.train.epochs * streams.steps_per_epoch,
+                "lost": len(streams.lost),
             }
         )
+        every = config.train.checkpoint_steps
+        if every and number % every == 0 and number < streams.steps_per_epoch:
+            _check(before, config)
+            state.step, state.sums, before = number, totals.tolist(), None
+            share_buffers(state.model)
+            progress = {"epoch": state.epoch, "step": number}
+            context.report(progress, _writer(state, config, architecture))
+            _seed(state, config, context)
     _check(before, config)
     share_buffers(state.model)
     entry = epoch_metrics(totals)
@@ -166,12 +184,18 @@ def _train_epoch(
         raise FloatingPointError(
             f"{', '.join(broken)} not finite in epoch {state.epoch + 1}; lower train.lr"
         )
-    entry["train/steps_per_second"] = streams.steps_per_epoch / seconds
+    entry["train/steps_per_second"] = (streams.steps_per_epoch - first) / seconds
     entry["train/lr"] = float(state.update.optimizer.param_groups[0]["lr"])
-    state.epoch += 1
+    state.epoch, state.step, state.sums = state.epoch + 1, 0, []
     entry["epoch"] = state.epoch
     state.history.append(entry)
     context.progress({"phase": "epoch", **entry})
+
+
+def _seed(state: TrainState, config: Config, context: RunContext) -> None:
+    """Dropout and the like must not depend on how often a run was interrupted."""
+    seed = config.train.seed + 1_000_003 * (state.epoch + 1) + 7_919 * state.step
+    torch.manual_seed(seed + context.rank)
 
 
 def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:

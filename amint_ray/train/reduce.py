@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import distributed, nn
 
@@ -15,11 +17,14 @@ def sum_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
     return total, distributed.get_world_size()
 
 
-def gather_lists(items: list[str]) -> list[str]:
+T = TypeVar("T")
+
+
+def gather_lists(items: list[T]) -> list[T]:
     """Every rank's `items`, in the order of the ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return items
-    parts: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    parts: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 

@@ -26,6 +26,8 @@ class TrainState:
         update: optimiser, schedule and loss scale.
         objective: with its weighting.
         epoch: epochs done.
+        step: steps done of the epoch that is under way.
+        sums: what those steps summed up to, in the order of `train.step.SUMS`.
         history: one entry an epoch, as reported.
     """
 
@@ -33,6 +35,8 @@ class TrainState:
     update: Update
     objective: Objective
     epoch: int = 0
+    step: int = 0
+    sums: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
 
     def save(self, folder: Path, *, config_fingerprint: str, architecture: str) -> None:
@@ -41,6 +45,8 @@ class TrainState:
         torch.save(self.update.state_dict(), folder / UPDATE)
         description: dict[str, Any] = {
             "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
             "history": self.history,
             "objective": self.objective.state_dict(),
             "config_fingerprint": config_fingerprint,
@@ -65,6 +71,7 @@ class TrainState:
         self.update.load_state_dict(moving)
         self.objective.load_state_dict(description["objective"])
         self.epoch, self.history = description["epoch"], description["history"]
+        self.step, self.sums = description["step"], description["sums"]
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -132,7 +132,8 @@ def _measure(model: nn.Module, parts: Sequence[Batch], update: Update) -> torch.
 def _mean_losses(sums: torch.Tensor) -> torch.Tensor:
     """(2,) mean task and MINT loss."""
     task_loss, _, task_rows, mint_loss, told_rows = sums
-    return torch.stack([task_loss / task_rows, mint_loss / told_rows.clamp_min(1)]).float()
+    rows = torch.stack([task_rows, told_rows]).clamp_min(1)  # none is left where all were lost
+    return (torch.stack([task_loss, mint_loss]) / rows).float()
 
 
 def _ranks_meet(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:

@@ -28,7 +28,8 @@ from amint_ray.evaluation.scores import score
 from amint_ray.train.loop import _gather, _monitor, _parallel, create_state, train
 from amint_ray.train.step import train_step
 
-# Nine rows of D over two ranks: five and four; the withheld among them fall as they will.
+# Nine rows of D over two ranks: five and four (and ten in the last step); the withheld among them
+# fall as they will.
 TRAININGS: dict[str, Config] = {
     "convnext-initial": config_of(
         CONVNEXT, loss=Loss(weighting="initial"), train={"optimizer": "sgd", "lr": 0.02}

@@ -56,7 +56,8 @@ def assert_close(got: Stepped, expected: Stepped, tol: float) -> None:
     for name, value in expected.weights.items():
         moved = (value - expected.start[name]).abs().max()
         off = (got.weights[name] - value).abs().max()
-        assert off <= 10 * tol * moved + 1e-7, (name, off, moved)
+        # The last bits of a float32 near 1 are noise.
+        assert off <= 10 * tol * moved + 5e-7, (name, off, moved)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 9])
@@ -65,7 +66,7 @@ def assert_close(got: Stepped, expected: Stepped, tol: float) -> None:
 def test_accumulated_steps_are_whole_steps(
     accumulate: int, data: dict[str, Any], weighting: str
 ) -> None:
-    """Nine rows of D and six of E in parts that are not even, some without any of E."""
+    """9, 9 and 10 rows of D, 6, 6 and 7 of E, in uneven parts, some without any of E."""
     ratio = {"external_ratio": 0.7}
     whole = run(CONVNEXT, ratio, data=data, weighting=weighting)
     rows: list[int] = []
@@ -80,11 +81,12 @@ def test_accumulated_steps_are_whole_steps(
         weighting=weighting,
         prepare=count,
     )
-    all_rows = 9 + 6 + (9 if data else 0)
-    measured = all_rows  # once, before the first step
-    assert len(rows) == 4 * accumulate
-    assert sum(rows) == 3 * all_rows + measured
-    assert max(rows) <= -(-9 // accumulate) * (3 if data else 2)
+    all_rows = [9 + 6, 9 + 6, 10 + 7]
+    if data:
+        all_rows = [9 + 9 + 6, 9 + 9 + 6, 10 + 10 + 7]
+    steps = [sum(rows[i : i + accumulate]) for i in range(0, len(rows), accumulate)]
+    assert steps == all_rows[:1] + all_rows  # the first is measured before it is taken
+    assert max(rows) <= -(-10 // accumulate) * (3 if data else 2)
     assert_close(parts, whole, 1e-5)
     assert torch.equal(parts.sums[:, 2], whole.sums[:, 2])
     assert torch.equal(parts.sums[:, 4], whole.sums[:, 4])
@@ -268,11 +270,12 @@ def test_measuring_the_first_losses_leaves_no_trace(accumulate: int) -> None:
     assert measured.losses[0].tolist() == pytest.approx(first, rel=1e-6)
 
 
-@pytest.mark.parametrize(("ratio", "rows"), [(0.25, 2), (4.0, 36)])
-def test_external_rows_may_be_few_or_many(ratio: float, rows: int) -> None:
+@pytest.mark.parametrize(("ratio", "of_e"), [(0.25, (2, 2, 2)), (4.0, (36, 36, 40))])
+def test_external_rows_may_be_few_or_many(ratio: float, of_e: tuple[int, ...]) -> None:
     stepped = run(CONVNEXT, {"external_ratio": ratio})
-    for batch, sums in zip(stepped.batches, stepped.sums, strict=True):
-        assert len(batch.images) == 9 + rows
-        assert sums[2] == 9
-        assert sums[4] == rows + int(batch.told[:9].sum())
+    of_d = (9, 9, 10)
+    for batch, sums, d, e in zip(stepped.batches, stepped.sums, of_d, of_e, strict=True):
+        assert len(batch.images) == d + e
+        assert sums[2] == d
+        assert sums[4] == e + int(batch.told[:d].sum())
     assert stepped.losses.isfinite().all()

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from amint_ray.config.schema import Config, Data, Evaluation, Loss, Mint, Model, Train
+from amint_ray.config.data_schema import Data
+from amint_ray.config.schema import Config, Evaluation, Loss, Mint, Model, Train
 from amint_ray.contracts import Batch, Role
 from amint_ray.data.loading import MemoryStreams
 from amint_ray.data.roles import Manifest
@@ -77,7 +78,8 @@ def config_of(
         model=model,
         mint=Mint.model_validate({**reads.model_dump(), **(mint or {})}),
         loss=loss or Loss(),
-        train=Train.model_validate({"epochs": 2, "batch_size": 9, "lr": 1e-2, **(train or {})}),
+        # 28 images of D: three steps of 9, 9 and 10.
+        train=Train.model_validate({"epochs": 2, "batch_size": 10, "lr": 1e-2, **(train or {})}),
         evaluation=Evaluation(batch_size=4),
     )
 
@@ -120,9 +122,9 @@ class Poisoned(MemoryStreams):
         self._bad_step, self._value, self._row = step, value, row
         self._is_bad = rank == bad_rank
 
-    def train_batches(self, epoch: int) -> Iterator[Batch]:
-        first = epoch * self.steps_per_epoch + 1
-        for step, batch in enumerate(super().train_batches(epoch), start=first):
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        first = epoch * self.steps_per_epoch + first_step + 1
+        for step, batch in enumerate(super().train_batches(epoch, first_step), start=first):
             if step == self._bad_step and self._is_bad:
                 images = batch.images.clone()
                 images[self._row, 0, 3, 3] = self._value
