@@ -9,14 +9,20 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 import amint_ray
 from amint_ray.contracts import RunError, UserError, first_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from amint_ray.config.schema import Config
 
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 
@@ -69,13 +75,7 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
             display.close()
         document["seconds"] = {"import": imported, **document["seconds"]}
         document["seconds"]["total"] = _seconds_since_process_start()
-    if as_json:
-        json.dump(document, stdout, indent=2)
-        stdout.write("\n")
-    else:
-        from rich.console import Console
-
-        print_result(document, Console(file=stdout, width=None if stdout.isatty() else 120))
+    _print(document, print_result, stdout, as_json=as_json)
 
 
 @cli.command(cls=_RecipeCommand)
@@ -109,18 +109,105 @@ def taps(backbone: str, overrides: tuple[str, ...], every: bool, as_json: bool) 
         raise UserError("amint taps shows all placements; leave mint.taps out")
     own_size = "image_size" not in config.data.model_fields_set
     with _results_only(verbose=False) as stdout:
+        from amint_ray.display import print_taps
         from amint_ray.launch.describe_taps import describe_taps
 
         document = describe_taps(config, every=every, own_size=own_size)
+    _print(document, print_taps, stdout, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source")
+@_OVERRIDES
+@click.option("--sheet", default="contact_sheet.png", help="PNG file to draw, or nothing: --sheet=")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def data(source: str, overrides: tuple[str, ...], sheet: str, as_json: bool) -> None:
+    """Show what is in SOURCE: folder, parquet, digits, torchvision:NAME, or a recipe's data.
+
+    Counts, classes, sizes, the roles that images would get, duplicates, what cannot be used and
+    why, and a contact sheet. For instance: amint data folder data.path=DIR
+    """
+    config = _config_of_source(source, overrides)
+    with _results_only(verbose=False) as stdout:
+        from amint_ray.display import open_display, print_data
+
+        display = open_display(_raise_if_stopped)
+        try:
+            from amint_ray.launch.describe_data import describe_data
+
+            document = describe_data(config, Path(sheet) if sheet else None, display)
+        finally:
+            display.close()
+    _print(document, print_data, stdout, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("destination", metavar="DEST")
+@_OVERRIDES
+@click.option("--file-mib", default=256.0, type=click.FloatRange(min=0, min_open=True))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("--verbose", is_flag=True, help="Let Ray talk, and show tracebacks.")
+def prepare(
+    source: str,
+    destination: str,
+    overrides: tuple[str, ...],
+    file_mib: float,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Write SOURCE as Parquet files to DEST, a folder or s3://bucket/prefix, in parallel on Ray.
+
+    What is there already is not written again. Runs that read DEST need not look at each image
+    first. For instance: amint prepare folder s3://bucket/birds data.path=DIR
+    """
+    config = _config_of_source(source, overrides)
+    with _results_only(verbose=verbose) as stdout:
+        from amint_ray.display import open_display, print_prepared
+
+        display = open_display(_raise_if_stopped, plain=verbose)
+        try:
+            from amint_ray.launch.prepare_data import prepare_data
+
+            document = prepare_data(
+                config, destination, file_mib=file_mib, watcher=display, verbose=verbose
+            )
+        finally:
+            display.close()
+    _print(document, print_prepared, stdout, as_json=as_json)
+
+
+def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:
+    """A recipe's configuration, or the defaults with a source."""
+    from amint_ray.config.data_schema import source_names
+    from amint_ray.config.load import load_config, recipe_names
+
+    if source in recipe_names() or source.endswith((".yaml", ".yml")):
+        return load_config(source, overrides)
+    if source not in source_names():
+        raise UserError(
+            f"there is no source {source!r}; there are {', '.join(source_names())}, and recipes"
+        )
+    if any(override.startswith("data.source=") for override in overrides):
+        raise UserError(f"the source is {source!r} already; leave data.source out")
+    return load_config(None, [f"data.source={source}", *overrides])
+
+
+def _print(
+    document: dict[str, Any],
+    show: Callable[[dict[str, Any], Console], None],
+    stdout: TextIO,
+    *,
+    as_json: bool,
+) -> None:
+    """The result, as JSON or for a person."""
     if as_json:
         json.dump(document, stdout, indent=2)
         stdout.write("\n")
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        from amint_ray.display import print_taps
-
-        print_taps(document, Console(file=stdout, width=None if stdout.isatty() else 120))
+    show(document, Console(file=stdout, width=None if stdout.isatty() else 120))
 
 
 @contextlib.contextmanager

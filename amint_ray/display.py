@@ -50,7 +50,8 @@ class LiveDisplay:
                 description=f"epoch {event['epoch']}/{event['epochs']}",
                 completed=event["step"],
                 total=event["steps"],
-                detail=f"{rate:.1f} steps/s  {self._losses}" if rate else self._losses,
+                detail=(f"{rate:.1f} steps/s  {self._losses}" if rate else self._losses)
+                + lost(event.get("lost", 0)),
             )
         elif event["phase"] == "epoch":
             self._losses = losses(event)
@@ -75,13 +76,15 @@ class PlainDisplay:
     def __init__(self, console: Console, heartbeat: Callable[[], None] = lambda: None) -> None:
         self.heartbeat = heartbeat
         self._console = console
-        self._last = -math.inf
+        self._last = self._started = -math.inf
         self._steps = _StepRate()
         self._pace = ""
+        self._lost = 0
 
     def phase(self, text: str) -> None:
         """One line a phase."""
         self.heartbeat()
+        self._started = time.monotonic()
         self._print(text)
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -90,13 +93,21 @@ class PlainDisplay:
             if rate := self._steps.update(event["step"]):
                 left = (event["steps"] - event["step"]) / rate
                 self._pace = f"  {rate:.1f} steps/s  {left:.0f} s left"
+            self._lost = event.get("lost", 0)
         elif event["phase"] == "evaluate":
             self._print("scoring every sample")
-        elif event["phase"] == "epoch":
-            now = time.monotonic()
-            if now - self._last >= _SECONDS_BETWEEN_LINES:
-                self._last = now
-                self._print(f"epoch {event['epoch']:g}  {losses(event)}{self._pace}")
+        elif event["phase"] == "read":
+            if time.monotonic() - self._started >= _SECONDS_BETWEEN_LINES and self._now_and_then():
+                self._print(f"{event['done']:,} of {event['total']:,} images")
+        elif event["phase"] == "epoch" and self._now_and_then():
+            self._print(f"epoch {event['epoch']:g}  {losses(event)}{self._pace}{lost(self._lost)}")
+
+    def _now_and_then(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return False
+        self._last = now
+        return True
 
     def notice(self, text: str) -> None:
         """One line."""
@@ -129,6 +140,11 @@ def losses(event: Mapping[str, Any]) -> str:
     if "train/mint_loss" in event:
         text += f"  mint {event['train/mint_loss']:.4f}"
     return text
+
+
+def lost(images: int) -> str:
+    """How many images could not be read, if any."""
+    return f"  {images:,} images lost" if images else ""
 
 
 def open_display(
@@ -179,6 +195,7 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
     lines = {
         "task accuracy on test": interval(document["task"]["accuracy"]),
         "[…, …]": f"{document['confidence']:.0%} intervals given the threshold; one training seed",
+        "confounder check": _confounders(document["confounders"]),
         "MLflow run": f"{document['run_id']}  ({document['tracking_uri']})",
         "registered model": document["model_uri"],
         "load it": f"python -c 'import amint_ray; model = {document['load']}'",
@@ -187,6 +204,19 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
     }
     for label, text in lines.items():
         console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _confounders(found: Mapping[str, Any] | None) -> str:
+    """What a classifier that never sees the model makes of the split."""
+    if found is None or found["clean"] is None:
+        return "not made"
+    aucs = ", ".join(
+        f"{name.replace('_vs_', ' from ')} {interval(comparison['auc'])}"
+        for name, comparison in found["comparisons"].items()
+    )
+    if found["clean"]:
+        return f"clean: without the model, AUC {aucs}"
+    return f"CONFOUNDED, trust no membership figure: without the model, AUC {aucs}"
 
 
 def _flops(flops: Mapping[str, float]) -> str:
@@ -225,6 +255,78 @@ def print_taps(document: Mapping[str, Any], console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def print_data(document: Mapping[str, Any], console: Console) -> None:
+    """What is in a source."""
+    roles, bad = document["roles"], document["quarantined"]
+    table = Table(title=document["source"])
+    table.add_column("role")
+    table.add_column("images", justify="right")
+    for role, images in roles.items():
+        table.add_row(role, f"{images:,}")
+    console.print(table)
+    width, height = document["sizes"]["width"], document["sizes"]["height"]
+    labels = sorted(document["labels"].values())
+    gib = document["decoded_bytes"] / 2**30
+    lines = {
+        "path": document["path"] or "–",
+        "images": f"{document['count']:,}, of them {document['official_test']:,} in the official "
+        "test split",
+        "classes": f"{len(document['classes']):,}: {_shortened(document['classes'])}; "
+        f"{labels[0]:,} to {labels[-1]:,} images each",
+        "pixels": f"{width['min']}×{height['min']} to {width['max']}×{height['max']}, median "
+        f"{width['median']}×{height['median']}",
+        "exact duplicates": f"{document['duplicates']:,}",
+        "near duplicates": "not looked for (data.near_duplicates=4)"
+        if document["near_duplicates"] is None
+        else f"{document['near_duplicates']:,} share a role with another image",
+        "quarantined": f"{len(bad):,}",
+        "a run would be": f"{document['mode']} ({gib:.2f} GiB decoded)",
+        "contact sheet": document["contact_sheet"] or "not drawn",
+    }
+    for label, text in lines.items():
+        console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+    for reason, names in _by_reason(bad):
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        console.print(
+            f"  {reason}: {', '.join(names[:3])}{more}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def print_prepared(document: Mapping[str, Any], console: Console) -> None:
+    """What was written, and how to go on."""
+    bad = document["quarantined"]
+    lines = {
+        "images": f"{document['count']:,} in {document['files']} files",
+        "there already": f"{document['resumed']} of the files",
+        "quarantined": f"{len(bad):,}",
+        "train on it": "amint train RECIPE data.source=parquet "
+        f"data.path={document['destination']}",
+        "seconds": f"{document['seconds']:.1f}",
+    }
+    for label, text in lines.items():
+        console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+    for reason, names in _by_reason(bad):
+        console.print(f"  {reason}: {len(names):,}", highlight=False, markup=False, soft_wrap=True)
+
+
+_REASONS_SHOWN = 10
+
+
+def _by_reason(bad: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """The most frequent reasons, each with the names."""
+    names: dict[str, list[str]] = {}
+    for row in bad:
+        names.setdefault(row["reason"], []).append(row["sample_id"])
+    return sorted(names.items(), key=lambda item: -len(item[1]))[:_REASONS_SHOWN]
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:8])}, … {names[-1]}"
 
 
 _NO_VALUE = "–"

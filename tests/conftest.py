@@ -3,6 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from infra.local.object_store import ObjectStore
 
 # Before anything imports MLflow: no test talks to a vendor.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # infra is not installed
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server without buckets; a test puts its `environment` in place itself."""
+    from infra.local.object_store import ObjectStore
+
+    with ObjectStore(tmp_path_factory.mktemp("object_store")) as store:
+        yield store

@@ -35,6 +35,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         signal.signal(number, handler)
 
 
+PHASES = ("starting", "checking", "opening", "reading")
+
+
 def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that a mistake ends with; nothing on stdout, nothing left in the folder."""
     before = sorted(Path.cwd().iterdir()) if os.access(Path.cwd(), os.W_OK) else None
@@ -45,7 +48,7 @@ def complaint(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     lines = [
         line
         for line in captured.err.splitlines()
-        if not line.startswith(("amint: starting", "amint: checking", "amint: reading"))
+        if not line.startswith(tuple(f"amint: {phase}" for phase in PHASES))
     ]
     assert len(lines) == 1, lines
     if before is not None:

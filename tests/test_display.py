@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from amint_ray.display import LiveDisplay, PlainDisplay, interval, print_result
+from amint_ray.display import LiveDisplay, PlainDisplay, interval, print_data, print_result
 
 EPOCH = {"phase": "epoch", "epoch": 3, "train/task_loss": 0.5, "train/mint_loss": 0.25}
 STEP = {"phase": "train", "epoch": 3, "epochs": 8, "step": 30, "steps": 80}
@@ -67,6 +68,10 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "membership": {"member": question, "withheld": question},
         "loss_threshold": {"member": question, "withheld": question},
         "task": {"accuracy": {"value": 0.97, "low": 0.96, "high": 0.98}},
+        "confounders": {
+            "clean": False,
+            "comparisons": {"member_vs_test": {"auc": figure, "confounded": True}},
+        },
         "run_id": "abc",
         "tracking_uri": "sqlite:///mlflow.db",
         "model_uri": "models:/amint-digits/1",
@@ -88,9 +93,62 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         'amint_ray.load("models:/amint-digits/1")',
         "abc",
         "3.2 GFLOP, 1.60 times the audited-only step's; 64 GFLOP/s",
+        "CONFOUNDED, trust no membership figure: without the model, AUC member from test 0.900",
     ):
         assert part in text
     assert "0.001 FPR" not in text  # no value in either column, no row
+
+
+def test_reading_is_told_now_and_then_and_lost_images_beside_the_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    display = PlainDisplay(Console(file=out, width=80))
+    monkeypatch.setattr("amint_ray.display.time.monotonic", lambda: now)
+    now = 100.0
+    display.phase("reading")
+    display.event({"phase": "read", "done": 500, "total": 5000})  # most sets are read in no time
+    now = 106.0
+    display.event({"phase": "read", "done": 1000, "total": 5000})
+    display.event({"phase": "read", "done": 2000, "total": 5000})  # too soon
+    assert out.getvalue() == "amint: reading\namint: 1,000 of 5,000 images\n"
+    out = io.StringIO()
+    display = PlainDisplay(Console(file=out, width=80))
+    display.event({**STEP, "lost": 3})
+    display.event(EPOCH)
+    assert out.getvalue().endswith("  3 images lost\n")
+
+
+def test_what_is_in_a_source_is_shown_with_the_reasons_of_what_is_not() -> None:
+    document = {
+        "source": "folder",
+        "path": "birds",
+        "count": 1234,
+        "official_test": 200,
+        "classes": ["crow", "owl"],
+        "labels": {"crow": 1000, "owl": 231},
+        "sizes": {
+            "width": {"min": 10, "median": 20, "max": 30},
+            "height": {"min": 11, "median": 21, "max": 31},
+        },
+        "roles": {"member": 400, "test": 831},
+        "duplicates": 7,
+        "near_duplicates": None,
+        "quarantined": [{"sample_id": f"{i}.jpg", "reason": "is empty"} for i in range(5)],
+        "mode": "memory",
+        "decoded_bytes": 2**30,
+        "contact_sheet": "sheet.png",
+    }
+    out = io.StringIO()
+    print_data(document, Console(file=out, width=100))
+    for part in (
+        "1,234, of them 200 in the official test split",
+        "2: crow, owl; 231 to 1,000 images each",
+        "10×11 to 30×31, median 20×21",
+        "memory (1.00 GiB decoded)",
+        "is empty: 0.jpg, 1.jpg, 2.jpg and 2 more",
+    ):
+        assert part in out.getvalue()
 
 
 def test_a_figure_without_value_is_a_dash() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +31,18 @@ class Fitted:
         checkpoint: the last one, with weights and scores.
         seconds: of `workers` (started and stopped), `train` and `evaluate`.
         steps_per_second: median over the epochs.
+        lost: images that could not be read when their turn came: the reason by sample id.
     """
 
     checkpoint: ray.train.Checkpoint
     seconds: dict[str, float]
     steps_per_second: float
+    lost: dict[str, str]
 
 
 def fit(
     prepared: Prepared,
-    images: ray.ObjectRef,
+    data: Mapping[str, Any],
     opening: Future[RunLog],
     watcher: Watcher,
     *,
@@ -51,7 +53,8 @@ def fit(
 
     Args:
         prepared: the run's settings.
-        images: in Ray's object store, in the manifest's order; the workers of a node share them.
+        data: what the workers read (`worker.open_streams`), in Ray's object store: those of a node
+            share it.
         opening: the MLflow run, perhaps still on its way; gets each epoch's metrics.
         watcher: gets the loop's news.
         workers: how many.
@@ -67,8 +70,7 @@ def fit(
             "config": config,
             "run_name": prepared.run_name,
             "architecture": prepared.architecture,
-            "images": images,
-            "manifest": ray.put(prepared.manifest),
+            "data": data,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
@@ -100,6 +102,7 @@ def fit(
         result.checkpoint,
         {"workers": start_and_stop, "train": seconds["train"], "evaluate": seconds["evaluate"]},
         statistics.median(entry["train/steps_per_second"] for entry in home["history"]),
+        home["lost"],
     )
 
 

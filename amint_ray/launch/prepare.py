@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, Watcher
 from amint_ray.data.loading import check_roles
-from amint_ray.data.roles import Manifest
-from amint_ray.data.sources import load_source
+from amint_ray.data.transforms import Views
 from amint_ray.launch.cluster import address_of, check_address, local_cores, plan_workers
+from amint_ray.launch.dataset import Dataset, confounders
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.joint import Architecture, plan_architecture
 from amint_ray.storage import writable_folder
@@ -29,13 +26,13 @@ from amint_ray.train.update import create_update
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is settled before Ray starts.
+    """What is settled before training starts.
 
     Attributes:
         config: the whole configuration.
         run_name: unique; names the checkpoints' folder and the MLflow run.
-        manifest: who is a member.
-        class_names: one a class.
+        dataset: images with roles.
+        confounders: what a blind classifier makes of the split; None: not asked.
         architecture: of the model.
         flops: of one global step.
         storage: folder of all runs' checkpoints.
@@ -44,19 +41,25 @@ class Prepared:
 
     config: Config
     run_name: str
-    manifest: Manifest
-    class_names: list[str]
+    dataset: Dataset
+    confounders: dict[str, Any] | None
     architecture: Architecture
     flops: StepFlops
     storage: Path
     tracking_uri: str
 
 
-def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.uint8]]:
-    """Check everything, cheapest first, and read the data.
+@dataclass(frozen=True)
+class Checked:
+    """What was found out without touching the data."""
 
-    Returns:
-        The run's settings, and (n, channels, size, size) uint8 images in the manifest's order.
+    architecture: Architecture
+    storage: Path
+    tracking_uri: str
+
+
+def check(config: Config, watcher: Watcher) -> Checked:
+    """Check everything but the data, cheapest first.
 
     Raises:
         UserError: something was found wrong.
@@ -79,6 +82,7 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
     else:
         check_address(address)
     create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
+    Views(config.data)
     stays = not architecture.early_exit and not config.mint.detach and not config.mint.inputs
     if config.loss.lambda_mint > 0 and stays:
         watcher.notice(
@@ -94,31 +98,66 @@ def prepare(config: Config, watcher: Watcher) -> tuple[Prepared, npt.NDArray[np.
             options=config.model.options,
             pretrained=True,
         )
-    watcher.phase(f"reading {config.data.source}")
-    source = load_source(config.data, lambda done, total: watcher.event(_reading(done, total)))
-    manifest = source.manifest(config.data)
-    check_roles(manifest, config)
-    architecture = replace(architecture, num_classes=len(source.class_names))
-    prepared = Prepared(
+    return Checked(architecture, storage, uri)
+
+
+def prepare(config: Config, checked: Checked, dataset: Dataset, watcher: Watcher) -> Prepared:
+    """Whether the data can be trained and measured on, and what the run is made of.
+
+    Raises:
+        UserError: a role is missing, or has too few images.
+    """
+    check_roles(dataset.index.manifest, config)
+    if "loss" in config.mint.inputs and (dataset.index.manifest.label < 0).any():
+        raise UserError(
+            "mint.inputs = [loss]: the head would read the task loss of external images that have "
+            "no label in the pool's classes; take mint.inputs=[logits], or label data.external"
+        )
+    architecture = replace(checked.architecture, num_classes=len(dataset.index.class_names))
+    return Prepared(
         config=config,
         run_name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
-        manifest=manifest,
-        class_names=source.class_names,
+        dataset=dataset,
+        confounders=confounders(config, dataset, watcher),
         architecture=architecture,
         flops=step_flops(config, architecture),
-        storage=storage,
-        tracking_uri=uri,
+        storage=checked.storage,
+        tracking_uri=checked.tracking_uri,
     )
-    return prepared, source.images
 
 
-def worker_rows(config: Config, architecture: Architecture) -> int:
+def share(prepared: Prepared) -> tuple[dict[str, Any], Prepared]:
+    """Put what the workers need into Ray's object store, which then has the only copy.
+
+    Returns:
+        The argument of `worker.open_streams`, and the settings without the images.
+    """
+    import ray
+
+    config, dataset = prepared.config, prepared.dataset
+    if dataset.images is None:
+        reserved = int(config.cluster.cpus_per_worker)
+        return {
+            "source": ray.put(dataset.source),
+            "rows": ray.put(dataset.index.rows()),
+            "readers": config.data.readers or max(1, reserved - 1),
+        }, prepared
+    data = {"images": ray.put(dataset.images), "manifest": ray.put(dataset.index.manifest)}
+    return data, replace(prepared, dataset=replace(dataset, images=None))
+
+
+def worker_rows(config: Config, architecture: Architecture, smallest: int | None = None) -> int:
     """How many workers a micro-batch of D has images for: BatchNorm needs two each, others one.
+
+    Args:
+        config: tells batch and micro-batches.
+        architecture: tells whether BatchNorm is in it.
+        smallest: rows of D in the smallest step, once that is known.
 
     Raises:
         UserError: not even for one worker.
     """
-    rows = config.train.batch_size // config.train.accumulate
+    rows = (smallest or config.train.batch_size) // config.train.accumulate
     needed = 1 if architecture.modes_agree else 2
     if rows < needed:
         raise UserError(
@@ -139,7 +178,3 @@ def step_flops(config: Config, architecture: Architecture) -> StepFlops:
         head_from=head_from,
         mint=config.loss.lambda_mint > 0,
     )
-
-
-def _reading(done: int, total: int) -> Mapping[str, Any]:
-    return {"phase": "read", "done": done, "total": total}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from amint_ray.config.load import fingerprint
 from amint_ray.contracts import Role
+from amint_ray.data.quarantine import write_quarantine
 from amint_ray.evaluation.figures import roc_curves, score_histograms
 from amint_ray.evaluation.report import evaluate
-from amint_ray.evaluation.scores import read_scores
+from amint_ray.evaluation.scores import read_scores, write_scores
 from amint_ray.launch.prepare import Prepared
 from amint_ray.tracking import registry
 from amint_ray.tracking.run_log import RunLog, without_password
@@ -21,21 +23,35 @@ from amint_ray.train.loop import SCORES
 from amint_ray.train.state import WEIGHTS
 
 
-def record(prepared: Prepared, checkpoint: Path, log: RunLog) -> dict[str, Any]:
+def record(
+    prepared: Prepared, checkpoint: Path, log: RunLog, *, lost: Mapping[str, str]
+) -> dict[str, Any]:
     """Measure, store, and register last, so that a registered version has everything behind it.
+
+    Args:
+        prepared: the run's settings and data.
+        checkpoint: the last one.
+        log: the MLflow run.
+        lost: images that could not be read when their turn came: the reason by sample id.
 
     Returns:
         The run's document, as `run_training` describes it.
     """
     config = prepared.config
     table = read_scores(checkpoint / SCORES)
+    # What no step may have seen must not be measured as a member.
+    table = table.without(lost)
     head_trained = config.loss.lambda_mint > 0
     figures = evaluate(table, config.evaluation, head_trained=head_trained)
+    figures["confounders"] = prepared.confounders
+    index = prepared.dataset.index
+    quarantine = [*index.quarantine, *lost.items()]
     log.log_figures(figures, step=config.train.epochs)
     with tempfile.TemporaryDirectory(prefix="amint-artifacts-") as name:
         folder = Path(name)
-        prepared.manifest.write(folder / "manifest.parquet")
-        (folder / SCORES).write_bytes((checkpoint / SCORES).read_bytes())
+        index.manifest.write(folder / "manifest.parquet")
+        write_quarantine(quarantine, folder / "quarantine.parquet")
+        write_scores(table, folder / SCORES)
         (folder / "figures.json").write_text(json.dumps(figures, indent=2))
         roc_curves(table, figures).savefig(folder / "roc.png", dpi=120)
         score_histograms(table).savefig(folder / "scores.png", dpi=120)
@@ -48,7 +64,7 @@ def record(prepared: Prepared, checkpoint: Path, log: RunLog) -> dict[str, Any]:
         weights=checkpoint / WEIGHTS,
         architecture=prepared.architecture,
         data=config.data,
-        class_names=prepared.class_names,
+        class_names=index.class_names,
         calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
     )
     model_uri = f"models:/{name}/{version}"
@@ -60,9 +76,12 @@ def record(prepared: Prepared, checkpoint: Path, log: RunLog) -> dict[str, Any]:
         "model_uri": model_uri,
         "load": f'amint_ray.load("{model_uri}")',
         **figures,
-        "counts": prepared.manifest.counts,
-        "duplicates": prepared.manifest.duplicates,
-        "manifest_fingerprint": prepared.manifest.fingerprint,
+        "data": {"source": config.data.source, "mode": config.data.mode},
+        "counts": index.manifest.counts,
+        "duplicates": index.manifest.duplicates,
+        "quarantined": len(quarantine),
+        "lost": len(lost),
+        "manifest_fingerprint": index.manifest.fingerprint,
         "config_fingerprint": fingerprint(config),
         "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
     }

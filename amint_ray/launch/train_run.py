@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.data.loading import smallest_step
 from amint_ray.launch.cluster import address_of, connect, plan_workers
-from amint_ray.launch.prepare import Prepared, prepare, worker_rows
+from amint_ray.launch.dataset import find_source, index_on_ray, load_here
+from amint_ray.launch.prepare import Prepared, check, prepare, share, worker_rows
 from amint_ray.tracking.run_log import RunLog, Status
 
 
@@ -38,30 +40,36 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
     """
     clock = Clock()
     with clock.phase("data"):
-        prepared, images = prepare(config, watcher)
+        checked = check(config, watcher)
+        config, source = find_source(config, watcher)
+        prepared = None
+        if config.data.mode == "memory":
+            prepared = prepare(config, checked, load_here(config, source, watcher), watcher)
     _import_meanwhile("mlflow", "amint_ray.launch.record")
     watcher.phase("starting Ray")
     with clock.around("ray", connect(address_of(config.cluster), verbose=verbose)) as cluster:
+        if prepared is None:
+            with clock.phase("data"):
+                dataset = index_on_ray(config, source, checked.storage, watcher)
+                prepared = prepare(config, checked, dataset, watcher)
+        smallest = smallest_step(prepared.dataset.index.manifest, config)
         workers, use_gpu = plan_workers(
             config.cluster,
-            rows=worker_rows(config, prepared.architecture),
+            rows=worker_rows(config, prepared.architecture, smallest),
             cores=cluster.get("CPU", 0),
             gpus=cluster.get("GPU", 0),
         )
         with recording(prepared, watcher) as opening:
-            import ray
-
             from amint_ray.launch.fit import fit
             from amint_ray.launch.record import record
 
-            stored = ray.put(images)
-            del images  # from here on the object store's copy is the only one
-            fitted = fit(prepared, stored, opening, watcher, workers=workers, use_gpu=use_gpu)
+            data, prepared = share(prepared)
+            fitted = fit(prepared, data, opening, watcher, workers=workers, use_gpu=use_gpu)
             for phase, seconds in fitted.seconds.items():
                 clock.add(phase, seconds)
             watcher.phase("recording")
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
-                document = record(prepared, Path(folder), opening.result())
+                document = record(prepared, Path(folder), opening.result(), lost=fitted.lost)
     flops = {
         "joint_step": prepared.flops.joint,
         "task_step": prepared.flops.task,
@@ -83,7 +91,7 @@ def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Future[RunLog]]:
         prepared.tracking_uri,
         prepared.config,
         run_name=prepared.run_name,
-        tags={"amint.manifest_fingerprint": prepared.manifest.fingerprint},
+        tags=data_tags(prepared),
     )
     try:
         yield opening
@@ -97,6 +105,18 @@ def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Future[RunLog]]:
         raise
     finally:
         executor.shutdown(wait=False)
+
+
+def data_tags(prepared: Prepared) -> dict[str, str]:
+    """What a reader of the run must know of its data."""
+    tags = {
+        "amint.manifest_fingerprint": prepared.dataset.index.manifest.fingerprint,
+        "amint.data_mode": prepared.config.data.mode,
+        "amint.quarantined": str(len(prepared.dataset.index.quarantine)),
+    }
+    if prepared.confounders is not None and prepared.confounders["clean"] is not None:
+        tags["amint.confounded"] = str(not prepared.confounders["clean"]).lower()
+    return tags
 
 
 def _mark(opening: Future[RunLog], status: Status, watcher: Watcher) -> None:

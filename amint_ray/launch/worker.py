@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Mapping
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import ray
 
 from amint_ray.config.schema import Config
-from amint_ray.data.loading import MemoryStreams
+from amint_ray.contracts import RunContext, Streams
 from amint_ray.launch.context import RayContext
 from amint_ray.train.loop import train
 
@@ -17,8 +20,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Wire the loop to its data and its world.
 
     Args:
-        arguments: `config`, `architecture`, `run_name`, and references to `images` and
-            `manifest` in Ray's object store.
+        arguments: `config`, `architecture`, `run_name`, and `data` for `open_streams`.
 
     Returns:
         The history, and when what happened, for the driver's clock; or `failed` and why.
@@ -26,22 +28,45 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     entered = time.time()
     config: Config = arguments["config"]
     context = RayContext(arguments["run_name"])
-    streams = MemoryStreams(
-        ray.get(arguments["images"]),
-        ray.get(arguments["manifest"]),
-        config,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
+    streams = open_streams(config, arguments["data"], context)
     try:
         trained = train(config, arguments["architecture"], streams, context)
     except FloatingPointError as error:
         # Every rank sees the same sums and comes here. An exception would have Ray try again, to
         # the same end.
         return {"failed": str(error)}
+    finally:
+        streams.close()
+        if config.data.mode == "streamed":
+            # Ray ends this process without its clean-up; the fork server's socket would stay.
+            shutil.rmtree(get_temp_dir(), ignore_errors=True)
     return {
         "entered": entered,
         "left": time.time(),
         "seconds": trained.seconds,
         "history": trained.history,
+        "lost": trained.lost,
     }
+
+
+def open_streams(config: Config, data: Mapping[str, Any], context: RunContext) -> Streams:
+    """This worker's part of the data.
+
+    Args:
+        config: the whole configuration, `data.mode` settled.
+        data: references to `images` and `manifest`, or to `source` and `rows`; and `readers`.
+        context: tells which worker this is.
+    """
+    where: dict[str, Any] = {
+        "rank": context.rank,
+        "world_size": context.world_size,
+        "device": context.device,
+    }
+    if config.data.mode == "memory":
+        from amint_ray.data.loading import MemoryStreams
+
+        return MemoryStreams(ray.get(data["images"]), ray.get(data["manifest"]), config, **where)
+    from amint_ray.data.streaming import StreamedStreams
+
+    source, rows = ray.get([data["source"], data["rows"]])
+    return StreamedStreams(source, rows, config, readers=data["readers"], **where)

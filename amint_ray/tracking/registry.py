@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from amint_ray.config.schema import Data
+from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError, first_line
 from amint_ray.evaluation.calibration import p_values
 from amint_ray.model.joint import Architecture, AuditedModel
@@ -45,7 +46,7 @@ class Preprocessing:
     mean: float
     std: float
     class_names: tuple[str, ...]
-    resize: str = "shorter side to the input size (bicubic), then the centre"
+    resize: str
 
 
 _PREPROCESSING = TypeAdapter(Preprocessing)
@@ -196,7 +197,9 @@ def save_model(
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(weights.read_bytes())
     (folder / ARCHITECTURE).write_text(architecture.to_json())
-    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names))
+    side = math.floor(data.image_size / data.crop_pct)
+    resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
+    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names), resize)
     (folder / PREPROCESSING).write_bytes(_PREPROCESSING.dump_json(preprocessing, indent=2))
     scores = torch.from_numpy(np.sort(calibration))
     save_file({"membership_scores": scores}, folder / CALIBRATION)

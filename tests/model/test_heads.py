@@ -22,7 +22,8 @@ from small_models import (
 )
 from torch import nn
 
-from amint_ray.config.schema import Config, Data, Mint, Model
+from amint_ray.config.data_schema import Data
+from amint_ray.config.schema import Config, Mint, Model
 from amint_ray.contracts import UserError
 from amint_ray.model.joint import plan, plan_architecture
 from amint_ray.model.mint_head import AttentionBranch, ConvBranch, HeadInput, HeadSpec, MintHead

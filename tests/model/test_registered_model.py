@@ -13,7 +13,7 @@ from mlflow.types import Schema, TensorSpec
 from small_models import CLASSES, CONVNEXT, built
 
 import amint_ray
-from amint_ray.config.schema import Data
+from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError
 from amint_ray.model.joint import AuditedModel
 from amint_ray.tracking.registry import RegisteredModel, save_model

@@ -1,0 +1,186 @@
+"""From a configuration to images with roles: held in memory, or indexed where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from amint_ray.config.schema import Config
+from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
+from amint_ray.data.index import Index, IndexFolder
+from amint_ray.data.memory import choose_mode, load_memory
+from amint_ray.data.quarantine import check_quarantine
+from amint_ray.data.reading import read_plain
+from amint_ray.data.sources import Source, count, open_source
+from amint_ray.launch.cluster import local_cores
+
+_MOST_COMPARED, _MOST_READ, _MOST_BYTES = 4000, 1000, 256 * 2**20
+"""Images of a role for the confounder check: in memory; read anew; and what they may take."""
+_THREADS = 8
+_LARGE_SHARD = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A source whose images have roles.
+
+    Attributes:
+        source: where the images are.
+        index: who they are.
+        images: (n, channels, size, size) uint8 in the index's order, where they are in memory.
+    """
+
+    source: Source
+    index: Index
+    images: npt.NDArray[np.uint8] | None
+
+
+def find_source(config: Config, watcher: Watcher) -> tuple[Config, Source]:
+    """Open the source, and settle how it is read.
+
+    Returns:
+        The configuration with `data.mode` settled, and the source.
+
+    Raises:
+        UserError: there is no such source, or it does not fit.
+    """
+    watcher.phase(f"opening {config.data.source}")
+    source = open_source(config.data)
+    for note in source.notes:
+        watcher.notice(f"data: {note}")
+    mode = choose_mode(source, config.data)
+    largest = max((shard.size for shard in source.shards), default=0)
+    if mode == "streamed" and largest > _LARGE_SHARD and config.data.source == "parquet":
+        watcher.notice(
+            f"data: row groups of up to {largest / 2**20:.0f} MiB are read whole by several "
+            "streams; `amint prepare` writes smaller ones"
+        )
+    data = config.data.model_copy(update={"mode": mode})
+    return config.model_copy(update={"data": data}), source
+
+
+def load_here(config: Config, source: Source, watcher: Watcher) -> Dataset:
+    """Decode a source that fits into memory.
+
+    Raises:
+        UserError: too much of it cannot be used.
+    """
+    watcher.phase(f"reading {config.data.source}")
+    images, index = load_memory(
+        source,
+        config.data,
+        readers=local_cores(),
+        progress=lambda done, total: watcher.event(_reading(done, total)),
+    )
+    return _checked(config, Dataset(source, index, images), watcher)
+
+
+def index_on_ray(config: Config, source: Source, root: Path, watcher: Watcher) -> Dataset:
+    """Look at every image once, on all of the cluster; what an earlier run saw is used again.
+
+    Args:
+        config: the whole configuration.
+        source: to be indexed.
+        root: folder that all nodes see.
+        watcher: is told how far it is.
+
+    Raises:
+        UserError: too much of it cannot be used.
+        RunError: storage does not answer.
+    """
+    import ray
+
+    watcher.phase(f"indexing {count(source):,} images")
+    folder = IndexFolder(root, source, config.data)
+    examine = ray.remote(num_cpus=1)(IndexFolder.write)
+    shared = [ray.put(value) for value in (folder, source, config.data)]
+    waiting = {
+        examine.remote(shared[0], chunk, *shared[1:]): folder.rows(chunk, source)
+        for chunk in folder.missing()
+    }
+    total, done = count(source), count(source) - sum(waiting.values())
+    while waiting:
+        watcher.heartbeat()
+        ready, _ = ray.wait(list(waiting), timeout=0.5)
+        for task in ready:
+            try:
+                ray.get(task)
+            except ray.exceptions.RayError as error:
+                raise RunError(
+                    f"data: {first_line(getattr(error, 'cause', error))}; what was indexed is "
+                    "kept, the same command goes on"
+                ) from error
+            done += waiting.pop(task)
+            watcher.event(_reading(done, total))
+    return _checked(config, Dataset(source, folder.read(source, config.data), None), watcher)
+
+
+def _checked(config: Config, dataset: Dataset, watcher: Watcher) -> Dataset:
+    """Tell what was left out, and stop if that is too much."""
+    check_quarantine(dataset.source, dataset.index, config.data)
+    if bad := dataset.index.quarantine:
+        watcher.notice(
+            f"data: {len(bad):,} of {count(dataset.source):,} cannot be used and are quarantined; "
+            f"the first: {bad[0][0]}: {bad[0][1]}"
+        )
+    names, labels = dataset.index.class_names, dataset.index.manifest.label
+    used = len(np.unique(labels[labels >= 0]))
+    if used < 2:
+        raise UserError(
+            f"data: all images have one label ({names[0]!r}); a classifier needs two classes"
+        )
+    if used < len(names):
+        watcher.notice(f"data: {len(names) - used:,} of {len(names):,} classes have no image")
+    if overlap := dataset.index.overlap:
+        watcher.notice(
+            f"data: {overlap:,} images of data.external are in the pool, too, and are left out"
+        )
+    return dataset
+
+
+def confounders(config: Config, dataset: Dataset, watcher: Watcher) -> dict[str, Any] | None:
+    """Whether a classifier that never sees the model tells the roles apart; warns if so.
+
+    Returns:
+        What `evaluation.confounders.check_confounders` says; None where it is not asked for.
+    """
+    if not config.data.confounder_check:
+        return None
+    from amint_ray.evaluation.confounders import check_confounders
+
+    watcher.phase("looking for confounders")
+    roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.loss.lambda_mint > 0 else [])
+    images = {role: sample_images(config, dataset, role) for role in roles}
+    found = check_confounders(images, confidence=config.evaluation.confidence)
+    for name, comparison in found["comparisons"].items():
+        if comparison["confounded"]:
+            auc = comparison["auc"]
+            watcher.notice(
+                f"WARNING: the split is confounded: a classifier that never sees the model tells "
+                f"{name.replace('_vs_', ' from ')} with AUC {auc['value']:.3f} [{auc['low']:.3f}, "
+                f"{auc['high']:.3f}]; no membership figure of this split can be trusted"
+            )
+    return found
+
+
+def sample_images(config: Config, dataset: Dataset, role: Role) -> npt.NDArray[np.uint8]:
+    """A random choice of a role's images, as they are scored; from all shards.
+
+    Shards may be sorted by class: few of them, and others for each role, would differ by class.
+    """
+    rows = dataset.index.rows()
+    positions = np.random.default_rng(config.data.split_seed).permutation(rows.having([role]))
+    size = config.data.channels * config.data.image_size**2
+    most = _MOST_READ if dataset.images is None else _MOST_COMPARED
+    positions = np.sort(positions[: min(most, _MOST_BYTES // size)])
+    if dataset.images is not None:
+        return np.asarray(dataset.images[positions])
+    return read_plain(dataset.source, rows, config.data, positions, readers=_THREADS)
+
+
+def _reading(done: int, total: int) -> dict[str, Any]:
+    return {"phase": "read", "done": done, "total": total}
