@@ -16,7 +16,8 @@ import torch
 from amint_ray.config.load import load_config
 from amint_ray.contracts import Role
 from amint_ray.data.loading import MemoryStreams
-from amint_ray.data.sources import load_source
+from amint_ray.data.memory import load_memory
+from amint_ray.data.sources import open_source
 from amint_ray.evaluation.metrics import auc
 from amint_ray.model.joint import plan_architecture
 from amint_ray.train.loop import LocalContext, train
@@ -32,10 +33,9 @@ def measure(lambda_mint: float, seed: int) -> tuple[float, float]:
         "digits",
         [f"loss.lambda_mint={lambda_mint}", f"data.split_seed={seed}", f"train.seed={seed}"],
     )
-    source = load_source(config.data)
-    manifest = source.manifest(config.data)
-    streams = MemoryStreams(source.images, manifest, config, rank=0, world_size=1)
-    architecture = plan_architecture(config, len(source.class_names))
+    images, index = load_memory(open_source(config.data), config.data, readers=2)
+    streams = MemoryStreams(images, index.manifest, config, rank=0, world_size=1)
+    architecture = plan_architecture(config, len(index.class_names))
     with tempfile.TemporaryDirectory() as folder:
         scores = train(config, architecture, streams, LocalContext(Path(folder))).scores
     calibration = scores.of(Role.CALIBRATION)

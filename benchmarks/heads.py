@@ -12,14 +12,14 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from amint_ray.config.load import load_config
 from amint_ray.config.schema import Config
 from amint_ray.data.loading import MemoryStreams, check_roles
-from amint_ray.data.sources import load_source
+from amint_ray.data.memory import load_memory
+from amint_ray.data.sources import open_source
 from amint_ray.evaluation.report import evaluate
 from amint_ray.model.joint import AuditedModel, plan_architecture
 from amint_ray.train.allocator import keep_freed_memory
@@ -92,12 +92,13 @@ def config_of(folder: Path, family: str, head: str, seed: int, extra: list[str])
     )
 
 
-def run(config: Config, source: Any, family: str, head: str, seed: int) -> Run:
+def run(config: Config, family: str, head: str, seed: int) -> Run:
     """Train, score, measure."""
-    manifest = source.manifest(config.data)
+    images, index = load_memory(open_source(config.data), config.data, readers=2)
+    manifest = index.manifest
     check_roles(manifest, config)
-    architecture = plan_architecture(config, len(source.class_names))
-    streams = MemoryStreams(source.images, manifest, config, rank=0, world_size=1)
+    architecture = plan_architecture(config, len(index.class_names))
+    streams = MemoryStreams(images, manifest, config, rank=0, world_size=1)
     with tempfile.TemporaryDirectory(prefix="amint-benchmark-") as folder:
         trained = train(config, architecture, streams, LocalContext(Path(folder)))
     report = evaluate(trained.scores, config.evaluation)
@@ -135,7 +136,7 @@ def main() -> int:
         for family in FAMILIES:
             for head in HEADS:
                 config = config_of(arguments.folder, family, head, seed, arguments.overrides)
-                done = run(config, load_source(config.data), family, head, seed)
+                done = run(config, family, head, seed)
                 print(json.dumps(asdict(done)), file=sys.stderr, flush=True)
                 runs.append(done)
     print("| family | head | AUC | TPR at 1 % FPR | task accuracy | weights | share of FLOPs | s |")

@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 from amint_ray.config.load import load_config, recipe_names
-from amint_ray.contracts import Role
+from amint_ray.contracts import Role, Streams
+from amint_ray.data.index import index_here
 from amint_ray.data.loading import MemoryStreams, check_roles
-from amint_ray.data.sources import load_source
+from amint_ray.data.memory import choose_mode, load_memory
+from amint_ray.data.sources import count, open_source
+from amint_ray.data.streaming import StreamedStreams
 from amint_ray.evaluation.report import evaluate
 from amint_ray.launch.prepare import step_flops
 from amint_ray.model.joint import plan_architecture
@@ -66,19 +69,26 @@ def test_recipe_trains_one_epoch_and_is_measured(recipe: str, tmp_path: Path) ->
     else:
         overrides.append("data.limit=60")
     config = load_config(recipe, overrides)
-    source = load_source(config.data)
-    manifest = source.manifest(config.data)
+    source = open_source(config.data)
+    streams: Streams
+    if choose_mode(source, config.data) == "streamed":
+        index = index_here(source, config.data, readers=1)
+        streams = StreamedStreams(source, index.rows(), config, rank=0, world_size=1, readers=1)
+    else:
+        images, index = load_memory(source, config.data, readers=1)
+        streams = MemoryStreams(images, index.manifest, config, rank=0, world_size=1)
+    manifest = index.manifest
     check_roles(manifest, config)
-    architecture = plan_architecture(config, len(source.class_names))
+    architecture = plan_architecture(config, len(index.class_names))
     assert architecture.early_exit
-    streams = MemoryStreams(source.images, manifest, config, rank=0, world_size=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         trained = train(config, architecture, streams, LocalContext(tmp_path))
     finally:
         torch.set_num_threads(threads)
-    assert len(trained.scores) == len(source.sample_id)
+        streams.close()
+    assert len(trained.scores) == count(source)
     assert len(trained.scores.of(Role.TEST)) == manifest.counts["test"]
     figures = evaluate(trained.scores, config.evaluation)
     assert figures["membership"]["member"]["auc"]["value"] is not None
