@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,15 @@ def test_training_refuses_before_ray_starts(
 def test_prepare_writes_what_data_reads_and_goes_on(
     birds: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["prepare", "folder", "out", f"data.path={birds}", "--file-mib=0.01", "--json"]
+    refused = ["prepare", "folder", "out", f"data.path={birds}", "--file-mib=0.01", "--json"]
+    assert main(refused) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "2 of 73 cannot be used" in err.splitlines()[-1]
+    assert "data.max_bad_fraction" in err.splitlines()[-1]
+    assert not (birds.parent / "out/prepared.json").exists()
+    shutil.rmtree(birds.parent / "out")
+    arguments = [*refused, "data.max_bad_fraction=0.05"]
     assert main(arguments) == 0
     first = json.loads(capfd.readouterr().out)
     assert first["count"] == 71
