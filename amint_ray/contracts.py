@@ -131,7 +131,16 @@ class Streams(Protocol):
     """
 
     steps_per_epoch: int
-    lost: Mapping[str, str]
+
+    @property
+    def lost(self) -> Mapping[str, str]: ...  # noqa: D102 - above
+
+    def note_lost(self, lost: Mapping[str, str]) -> None:
+        """Learn what other ranks, or this run before it was interrupted, could not read.
+
+        Raises:
+            RunError: that is too much.
+        """
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The joint batches of one epoch (both counted from 0); as many on every rank."""

@@ -114,10 +114,13 @@ class Data(Section):
     readers: Annotated[int, Field(ge=1, le=256)] | None = None
     """Reading processes of each worker when streaming; by default the cores that Ray reserves for a
     worker (`cluster.cpus_per_worker`), less one, at least one."""
+    streams: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Streaming shuffles the row groups and cuts them into so many streams that are read side by
+    side. By default 24, or as many more as give each reader of each worker the same number. A run
+    keeps its number, since the order of the images depends on it."""
     window: Annotated[int, Field(ge=1)] = 128
-    """Streaming shuffles the row groups, cuts them into 24 streams (or more, for more workers) that
-    are read side by side, and shuffles images within a window of so many in each. More mixes better
-    and takes more memory: 24 times so many encoded images, twice with E."""
+    """Images are shuffled within a window of so many in each stream. More mixes better and takes
+    more memory: a worker holds its streams times so many encoded images, twice with E."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """How long object storage may keep silent before a read is tried again."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001

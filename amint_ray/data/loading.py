@@ -233,6 +233,9 @@ class MemoryStreams:
                 role=self._manifest.role[rows],
             )
 
+    def note_lost(self, lost: Mapping[str, str]) -> None:
+        """Nothing is ever lost."""
+
     def close(self) -> None:
         """Nothing to close."""
 

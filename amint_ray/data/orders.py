@@ -19,11 +19,13 @@ def shuffled(positions: Positions, seed: int, stream: str, number: int) -> Posit
     return random(seed, stream, number).permutation(positions)
 
 
-def stream_count(world_size: int) -> int:
-    """Streams that an order for streaming is made of: the same for each divisor of 24 workers."""
-    if _STREAMS % world_size == 0:
-        return _STREAMS
-    return world_size * -(-_STREAMS // world_size)
+def stream_count(readers: int) -> int:
+    """Streams that an order for streaming is made of: as many for each reader of all workers.
+
+    Args:
+        readers: of all workers together; for each divisor of 24 the answer is the same.
+    """
+    return readers * -(-_STREAMS // readers)
 
 
 def windowed(

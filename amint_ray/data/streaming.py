@@ -43,6 +43,7 @@ class Plan:
         config: the whole configuration.
         rank: of the worker that it reads for.
         world_size: number of workers.
+        streams: into how many pieces an order is cut.
     """
 
     source: Source
@@ -50,11 +51,7 @@ class Plan:
     config: Config
     rank: int
     world_size: int
-
-    @property
-    def streams(self) -> int:
-        """Into how many pieces an order is cut."""
-        return stream_count(self.world_size)
+    streams: int
 
     def schedule(self) -> Schedule:
         """Which samples each step takes."""
@@ -117,7 +114,8 @@ class StreamedStreams:
             readers: processes to start.
             device: where batches are wanted.
         """
-        self._plan = Plan(source, rows, config, rank, world_size)
+        streams = config.data.streams or stream_count(world_size * readers)
+        self._plan = Plan(source, rows, config, rank, world_size, streams)
         self._config = config
         self._readers = readers
         self._device = device or torch.device("cpu")
@@ -127,7 +125,7 @@ class StreamedStreams:
         self._parts: Iterator[Part] | None = None
         self._next_step = -1
         self.steps_per_epoch = self._schedule.steps_per_epoch
-        self.lost: Mapping[str, str] = {}
+        self.lost: dict[str, str] = {}
         _FORKS.set_forkserver_preload(["amint_ray.data.reading", "timm.data"])
         forkserver.ensure_running()  # it imports while the model is being made
 
@@ -165,6 +163,21 @@ class StreamedStreams:
                 labels=torch.from_numpy(rows.label[positions].astype(np.int64)),
                 sample_id=np.array([part.names[slot] for slot in part.plain_slot], np.str_),
                 role=_ROLES[rows.role[positions]],
+            )
+
+    def note_lost(self, lost: Mapping[str, str]) -> None:
+        """Learn what others could not read, too, and stop if that is too much.
+
+        Raises:
+            RunError: more images are lost than `data.max_bad_fraction` allows.
+        """
+        self.lost |= lost
+        limit, images = self._config.data.max_bad_fraction, len(self._plan.rows.role)
+        if len(self.lost) > limit * images:
+            name, reason = next(iter(self.lost.items()))
+            raise RunError(
+                f"data: {len(self.lost):,} of {images:,} images can no longer be read, more than "
+                f"data.max_bad_fraction = {limit:g} allows; the first: {name}: {reason}"
             )
 
     def close(self) -> None:
@@ -220,16 +233,8 @@ class StreamedStreams:
     def _note_lost(self, part: Part) -> None:
         if part.broken is not None:
             raise RunError(f"data: storage no longer answers: {part.broken}")
-        self.lost = {**self.lost, **dict(part.lost)} if part.lost else self.lost
-        limit = self._config.data.max_bad_fraction
-        # Each worker may lose its share, so that all together lose no more than is allowed.
-        if len(self.lost) > limit * len(self._plan.rows.role) / self._plan.world_size:
-            name, reason = next(iter(self.lost.items()))
-            raise RunError(
-                f"data: {len(self.lost):,} of {len(self._plan.rows.role):,} images can no longer "
-                f"be read, more than data.max_bad_fraction = {limit:g} allows; the first: {name}: "
-                f"{reason}"
-            )
+        if part.lost:
+            self.note_lost(dict(part.lost))
 
 
 class _TrainReader(IterableDataset[Part]):
@@ -317,8 +322,11 @@ class _ScoreReader(IterableDataset[Part]):
         reader, readers = _which_reader()
         piece = Piece(np.array_split(self._positions, readers)[reader])
         size = self._plan.config.evaluation.batch_size
-        wanted = [Wanted(piece, i, int(p)) for i, p in enumerate(piece.positions)]
-        batches = (wanted[start : start + size] for start in range(0, len(wanted), size))
+        total = len(piece.positions)
+        batches = (
+            (Wanted(piece, i, int(piece.positions[i])) for i in range(at, min(at + size, total)))
+            for at in range(0, total, size)
+        )
         return read_parts(self._plan.source, self._plan.rows, self._plan.config.data, batches)
 
 

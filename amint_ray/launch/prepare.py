@@ -13,6 +13,7 @@ import torch
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, Watcher
 from amint_ray.data.loading import check_roles
+from amint_ray.data.orders import stream_count
 from amint_ray.data.transforms import Views
 from amint_ray.launch.cluster import address_of, check_address, local_cores, plan_workers
 from amint_ray.launch.dataset import Dataset, confounders
@@ -118,12 +119,27 @@ def prepare(config: Config, checked: Checked, dataset: Dataset, watcher: Watcher
         config=config,
         run_name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
         dataset=dataset,
-        confounders=confounders(config, dataset, watcher),
+        confounders=confounders(config, dataset, checked.storage, watcher),
         architecture=architecture,
         flops=step_flops(config, architecture),
         storage=checked.storage,
         tracking_uri=checked.tracking_uri,
     )
+
+
+def readers_of(config: Config) -> int:
+    """Reading processes of each worker, where images are streamed."""
+    return config.data.readers or max(1, int(config.cluster.cpus_per_worker) - 1)
+
+
+def settle_streams(prepared: Prepared, workers: int) -> Prepared:
+    """Fix the number of streams: a run that goes on with other workers keeps its order."""
+    config = prepared.config
+    if config.data.mode != "streamed" or config.data.streams is not None:
+        return prepared
+    streams = stream_count(workers * readers_of(config))
+    data = config.data.model_copy(update={"streams": streams})
+    return replace(prepared, config=config.model_copy(update={"data": data}))
 
 
 def share(prepared: Prepared) -> tuple[dict[str, Any], Prepared]:
@@ -136,11 +152,10 @@ def share(prepared: Prepared) -> tuple[dict[str, Any], Prepared]:
 
     config, dataset = prepared.config, prepared.dataset
     if dataset.images is None:
-        reserved = int(config.cluster.cpus_per_worker)
         return {
             "source": ray.put(dataset.source),
             "rows": ray.put(dataset.index.rows()),
-            "readers": config.data.readers or max(1, reserved - 1),
+            "readers": readers_of(config),
         }, prepared
     data = {"images": ray.put(dataset.images), "manifest": ray.put(dataset.index.manifest)}
     return data, replace(prepared, dataset=replace(dataset, images=None))

@@ -36,6 +36,17 @@ class Sender:
         _put(f"{self._run}/now", event)
 
 
+def give_up(run: str, reason: str) -> None:
+    """Leave word why trying again is of no use."""
+    internal_kv._internal_kv_put(f"{run}/given-up", reason, namespace=_NAMESPACE)
+
+
+def given_up(run: str) -> str | None:
+    """Why an earlier try of this run found another to be of no use, if one did."""
+    reason: bytes | None = internal_kv._internal_kv_get(f"{run}/given-up", namespace=_NAMESPACE)
+    return None if reason is None else reason.decode()
+
+
 class Receiver:
     """The driver's end."""
 

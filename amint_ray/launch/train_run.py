@@ -17,7 +17,14 @@ from amint_ray.contracts import RunError, UserError, Watcher, first_line
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.cluster import address_of, connect, plan_workers
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
-from amint_ray.launch.prepare import Prepared, check, prepare, share, worker_rows
+from amint_ray.launch.prepare import (
+    Prepared,
+    check,
+    prepare,
+    settle_streams,
+    share,
+    worker_rows,
+)
 from amint_ray.tracking.run_log import RunLog, Status
 
 
@@ -59,6 +66,7 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
             cores=cluster.get("CPU", 0),
             gpus=cluster.get("GPU", 0),
         )
+        prepared = settle_streams(prepared, workers)
         with recording(prepared, watcher) as opening:
             from amint_ray.launch.fit import fit
             from amint_ray.launch.record import record

@@ -11,8 +11,9 @@ from typing import Any
 import ray
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import RunContext, Streams
+from amint_ray.contracts import RunContext, RunError, Streams
 from amint_ray.launch.context import RayContext
+from amint_ray.launch.progress import give_up, given_up
 from amint_ray.train.loop import train
 
 
@@ -27,6 +28,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     entered = time.time()
     config: Config = arguments["config"]
+    if (reason := given_up(arguments["run_name"])) is not None:
+        return {"failed": reason}
     context = RayContext(arguments["run_name"])
     streams = open_streams(config, arguments["data"], context)
     try:
@@ -35,6 +38,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         # Every rank sees the same sums and comes here. An exception would have Ray try again, to
         # the same end.
         return {"failed": str(error)}
+    except RunError as error:
+        # This rank may be alone with it, and the others wait for it: only an exception ends them
+        # all. The next try, which Ray will make, finds the word and ends.
+        give_up(arguments["run_name"], str(error))
+        raise
     finally:
         streams.close()
         if config.data.mode == "streamed":

@@ -66,6 +66,7 @@ def train(
     with context.latest_checkpoint() as checkpoint:
         if checkpoint is not None:
             state.load(checkpoint, config_fingerprint=fingerprint(config))
+            streams.note_lost(state.lost)
     model = _parallel(state.model, context)
     set_up = time.perf_counter()
     while state.epoch < config.train.epochs:
@@ -78,7 +79,7 @@ def train(
     with uncompiled():
         part = score(state.model, streams.score_batches(list(Role)), context.device)
     scores = _gather(part, context)
-    lost = dict(gather_lists(list(streams.lost.items())))
+    _share_lost(state, streams)
     evaluated = time.perf_counter()
     context.report(state.history[-1], _writer(state, config, architecture, scores))
     assert isinstance(state.model, AuditedModel)
@@ -86,7 +87,7 @@ def train(
         model=state.model,
         scores=scores,
         history=state.history,
-        lost=lost,
+        lost=state.lost,
         seconds={
             "setup": set_up - started,
             "train": trained - set_up,
@@ -169,6 +170,7 @@ def _train_epoch(
         every = config.train.checkpoint_steps
         if every and number % every == 0 and number < streams.steps_per_epoch:
             _check(before, config)
+            _share_lost(state, streams)
             state.step, state.sums, before = number, totals.tolist(), None
             share_buffers(state.model)
             progress = {"epoch": state.epoch, "step": number}
@@ -180,6 +182,7 @@ def _train_epoch(
     seconds = time.perf_counter() - started
     with uncompiled():
         entry |= _monitor(state.model, streams, context)
+    _share_lost(state, streams)
     if broken := [name for name, value in entry.items() if not math.isfinite(value)]:
         raise FloatingPointError(
             f"{', '.join(broken)} not finite in epoch {state.epoch + 1}; lower train.lr"
@@ -190,6 +193,12 @@ def _train_epoch(
     entry["epoch"] = state.epoch
     state.history.append(entry)
     context.progress({"phase": "epoch", **entry})
+
+
+def _share_lost(state: TrainState, streams: Streams) -> None:
+    """Tell all ranks what each could not read, so that they stop together if it is too much."""
+    state.lost |= dict(gather_lists(list(streams.lost.items())))
+    streams.note_lost(state.lost)
 
 
 def _seed(state: TrainState, config: Config, context: RunContext) -> None:

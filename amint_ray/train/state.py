@@ -29,6 +29,7 @@ class TrainState:
         step: steps done of the epoch that is under way.
         sums: what those steps summed up to, in the order of `train.step.SUMS`.
         history: one entry an epoch, as reported.
+        lost: why images could not be read on some rank, by sample id, as far as all know.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class TrainState:
     step: int = 0
     sums: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path, *, config_fingerprint: str, architecture: str) -> None:
         """Write a checkpoint into an empty folder."""
@@ -48,6 +50,7 @@ class TrainState:
             "step": self.step,
             "sums": self.sums,
             "history": self.history,
+            "lost": self.lost,
             "objective": self.objective.state_dict(),
             "config_fingerprint": config_fingerprint,
             "architecture": json.loads(architecture),
@@ -72,6 +75,7 @@ class TrainState:
         self.objective.load_state_dict(description["objective"])
         self.epoch, self.history = description["epoch"], description["history"]
         self.step, self.sums = description["step"], description["sums"]
+        self.lost = description["lost"]
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -21,6 +21,7 @@ from small_source import (
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, RunError
 from amint_ray.data.sources import Fault, Raw
+from amint_ray.data.streaming import StreamedStreams
 from amint_ray.model.joint import plan_architecture
 from amint_ray.train.loop import create_state
 from amint_ray.train.objective import Objective
@@ -153,22 +154,23 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_workers_together_lose_no_more_than_is_allowed() -> None:
-    """Without asking each other: each may lose its part of it."""
     numbers = of_role(Role.TEST, count=8)
     damaged = with_faults({n: Fault("is gone") for n in numbers})
 
-    def scored(allowed: int, rank: int) -> int:
+    def scored(allowed: int, rank: int) -> StreamedStreams:
         config = config_of(data={"max_bad_fraction": allowed / 120})
         streams = damaged.here(config, rank=rank, world=2)
         for _ in streams.score_batches([Role.TEST]):
             pass
-        return len(streams.lost)
+        return streams
 
     # Test images are dealt out in halves: the first six, the last six.
-    assert [scored(12, rank) for rank in range(2)] == [6, 2]
+    assert [len(scored(8, rank).lost) for rank in range(2)] == [6, 2]
     with pytest.raises(RunError):
-        scored(11, 0)
-    assert scored(4, 1) == 2
+        scored(5, 0)
+    first, second = scored(7, 0), scored(7, 1)
+    with pytest.raises(RunError, match=f"8 of 120 images can no longer be read.*n{numbers[0]:03d}"):
+        first.note_lost(second.lost)
 
 
 @pytest.mark.parametrize("scoring", [False, True])

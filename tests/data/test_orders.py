@@ -136,7 +136,7 @@ def test_pieces_are_as_long_as_each_other(n: int) -> None:
 @pytest.mark.parametrize("window", [1, 30])
 def test_every_shard_is_read_once_or_twice_in_all(workers: int, readers: int, window: int) -> None:
     """Whoever has a piece reads a shard once for it."""
-    streams = stream_count(workers)
+    streams = stream_count(workers * readers)
     for number in range(3):
         found = order(streams=streams, window=window, number=number)
         read = 0
@@ -173,15 +173,15 @@ def test_the_images_held_for_a_piece_are_a_window_and_a_shard() -> None:
             assert most <= window + 25 + 25  # and a part of another that a cut left
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 24])
-def test_divisors_of_24_share_one_order(world: int) -> None:
-    assert stream_count(world) == 24
+@pytest.mark.parametrize("readers", [1, 2, 3, 4, 6, 8, 12, 24])
+def test_divisors_of_24_share_one_order(readers: int) -> None:
+    assert stream_count(readers) == 24
 
 
-@pytest.mark.parametrize(("world", "streams"), [(5, 25), (7, 28), (16, 32), (64, 64), (25, 25)])
-def test_other_worlds_have_as_many_streams_for_each(world: int, streams: int) -> None:
-    assert stream_count(world) == streams
-    assert streams % world == 0
+@pytest.mark.parametrize(("readers", "streams"), [(5, 25), (7, 28), (16, 32), (64, 64), (25, 25)])
+def test_other_numbers_of_readers_have_as_many_streams_each(readers: int, streams: int) -> None:
+    assert stream_count(readers) == streams
+    assert streams % readers == 0
     assert streams >= 24
 
 

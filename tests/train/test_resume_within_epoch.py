@@ -22,7 +22,7 @@ from training_setup import (
 )
 
 from amint_ray.config.schema import Config, Loss
-from amint_ray.contracts import Batch, Role, Streams
+from amint_ray.contracts import Batch, Role, RunError, Streams
 from amint_ray.data.arrays import ArraySource, open_digits
 from amint_ray.data.index import Index, index_here
 from amint_ray.data.loading import MemoryStreams
@@ -70,6 +70,9 @@ class Watched:
     @property
     def lost(self) -> Mapping[str, str]:
         return self._streams.lost
+
+    def note_lost(self, lost: Mapping[str, str]) -> None:
+        self._streams.note_lost(lost)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for step, batch in enumerate(self._streams.train_batches(epoch, first_step), first_step):
@@ -337,3 +340,29 @@ def test_a_run_tells_which_images_it_lost(tmp_path: Path) -> None:
     assert told == sorted(told)
     assert len(trained.scores) == 72 - 3
     assert all(np.isfinite(value) for entry in trained.history for value in entry.values())
+
+
+def test_what_was_lost_is_remembered_where_a_run_goes_on(tmp_path: Path) -> None:
+    """Also if it can be read again, since steps that should have seen it did not."""
+    counts = {"member": 40, "withheld": 4, "external": 14, "calibration": 8}
+    whole = Set([6] * 12, counts)
+    gone = sorted(int(name[1:]) for name in whole.d)[:3]
+    damaged = Set([6] * 12, counts, instead={n: Fault("is gone") for n in gone})
+    config = config_of(
+        CONVNEXT,
+        data={"max_bad_fraction": 3 / 72},
+        train={"epochs": 2, "checkpoint_steps": 1},
+    )
+    architecture = architecture_of(config)
+    for name in ("mended", "worse"):
+        with pytest.raises(ConnectionError):
+            dying = DiesAfter(folder(tmp_path, name), epoch=1, step=1)
+            train(config, architecture, damaged.here(config), dying)
+    context = LocalContext(tmp_path / "mended")
+    trained = train(config, architecture, whole.here(config), context)
+    assert trained.lost == {f"n{n:03d}": "is gone" for n in gone}
+    # And counts against what may be lost.
+    other = next(name for name in sorted(whole.d) if int(name[1:]) not in gone)
+    worse = Set([6] * 12, counts, instead={int(other[1:]): Fault("is gone, too")})
+    with pytest.raises(RunError, match="4 of 72 images"):
+        train(config, architecture, worse.here(config), LocalContext(tmp_path / "worse"))
