@@ -16,7 +16,7 @@ import torch
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import RunError
 from amint_ray.data.images import BadImage, decode
-from amint_ray.data.index import Rows
+from amint_ray.data.index import Progress, Rows
 from amint_ray.data.orders import Positions
 from amint_ray.data.sources import DamagedError, Fault, Raw, Source
 from amint_ray.data.transforms import Views
@@ -24,6 +24,8 @@ from amint_ray.data.transforms import Views
 _IMAGES_AHEAD = 128
 _PAUSES = (0.5, 2.0)
 """Seconds between the tries to read a shard."""
+_PORTIONS = 50
+"""Into how many pieces `read_plain` cuts its work, so that progress can be told."""
 _FAILURES = 2
 """Shards in a row that cannot be read, and times the time-out, before storage counts as down."""
 
@@ -261,7 +263,13 @@ def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
 
 
 def read_plain(
-    source: Source, rows: Rows, config: Data, positions: Positions, *, readers: int
+    source: Source,
+    rows: Rows,
+    config: Data,
+    positions: Positions,
+    *,
+    readers: int,
+    progress: Progress = lambda done, total: None,
 ) -> npt.NDArray[np.uint8]:
     """Some samples as they are scored, read by threads of this process.
 
@@ -271,6 +279,7 @@ def read_plain(
         config: tells the transforms.
         positions: which samples.
         readers: threads.
+        progress: called now and then with (images done, images in all).
 
     Returns:
         (k, channels, size, size); images that could not be had are missing.
@@ -288,9 +297,16 @@ def read_plain(
         return [part.plain.numpy() for part in found if part.plain is not None]
 
     by_shard = positions[np.argsort(rows.shard[positions], kind="stable")]
+    portions = np.array_split(by_shard, max(1, min(_PORTIONS, len(by_shard))))
+    found, done = [], 0
     with ThreadPoolExecutor(readers) as pool:
-        found = [
-            part for parts in pool.map(work, np.array_split(by_shard, readers)) for part in parts
-        ]
+        try:
+            for portion, parts in zip(portions, pool.map(work, portions), strict=True):
+                found += parts
+                done += len(portion)
+                progress(done, len(positions))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     shape = (0, config.channels, config.image_size, config.image_size)
     return np.concatenate(found) if found else np.empty(shape, np.uint8)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import numpy.typing as npt
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
-from amint_ray.data.index import Index, IndexFolder
+from amint_ray.data.index import Index, IndexFolder, Rows
 from amint_ray.data.memory import choose_mode, load_memory
 from amint_ray.data.quarantine import check_quarantine
 from amint_ray.data.reading import read_plain
@@ -21,6 +25,8 @@ from amint_ray.launch.cluster import local_cores
 _MOST_COMPARED, _MOST_READ, _MOST_BYTES = 4000, 1000, 256 * 2**20
 """Images of a role for the confounder check: in memory; read anew; and what they may take."""
 _THREADS = 8
+_CONFOUNDERS_VERSION = 1
+"""To be raised when the same images would be judged otherwise."""
 _LARGE_SHARD = 256 * 2**20
 
 
@@ -142,20 +148,36 @@ def _checked(config: Config, dataset: Dataset, watcher: Watcher) -> Dataset:
     return dataset
 
 
-def confounders(config: Config, dataset: Dataset, watcher: Watcher) -> dict[str, Any] | None:
+def confounders(
+    config: Config, dataset: Dataset, root: Path, watcher: Watcher
+) -> dict[str, Any] | None:
     """Whether a classifier that never sees the model tells the roles apart; warns if so.
+
+    Images that are not in memory are read for it from all over the source, which can take as long
+    as minutes: what was found for a split is kept beside the indexes.
+
+    Args:
+        config: the whole configuration.
+        dataset: images with roles.
+        root: folder of the indexes.
+        watcher: is told how far it is, and what was found.
 
     Returns:
         What `evaluation.confounders.check_confounders` says; None where it is not asked for.
     """
     if not config.data.confounder_check:
         return None
-    from amint_ray.evaluation.confounders import check_confounders
-
-    watcher.phase("looking for confounders")
     roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.loss.lambda_mint > 0 else [])
-    images = {role: sample_images(config, dataset, role) for role in roles}
-    found = check_confounders(images, confidence=config.evaluation.confidence)
+    kept = _kept_file(config, dataset, roles, root) if dataset.images is None else None
+    if kept is not None and kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text())
+    else:
+        found = _look_for_confounders(config, dataset, roles, watcher)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            draft = kept.with_name(f".{kept.name}-{uuid.uuid4().hex}")
+            draft.write_text(json.dumps(found))
+            draft.replace(kept)
     for name, comparison in found["comparisons"].items():
         if comparison["confounded"]:
             auc = comparison["auc"]
@@ -167,19 +189,57 @@ def confounders(config: Config, dataset: Dataset, watcher: Watcher) -> dict[str,
     return found
 
 
-def sample_images(config: Config, dataset: Dataset, role: Role) -> npt.NDArray[np.uint8]:
+def _look_for_confounders(
+    config: Config, dataset: Dataset, roles: Sequence[Role], watcher: Watcher
+) -> dict[str, Any]:
+    from amint_ray.evaluation.confounders import check_confounders
+
+    rows = dataset.index.rows()
+    images = {}
+    for role in roles:
+        watcher.phase(f"reading {role} images to look for confounders")
+        images[role] = sample_images(config, dataset, rows, role, watcher)
+    watcher.phase("looking for confounders")
+    return check_confounders(images, confidence=config.evaluation.confidence)
+
+
+def _kept_file(config: Config, dataset: Dataset, roles: Sequence[Role], root: Path) -> Path:
+    """Where the answer for this split is kept: named by all that it depends on."""
+    views = config.data.model_dump(include={"image_size", "crop_pct", "channels", "split_seed"})
+    asked = [
+        *(_CONFOUNDERS_VERSION, dataset.index.manifest.fingerprint, sorted(views.items())),
+        *(roles, config.evaluation.confidence),
+    ]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+    return root / "confounders" / f"{key}.json"
+
+
+def sample_images(
+    config: Config, dataset: Dataset, rows: Rows, role: Role, watcher: Watcher
+) -> npt.NDArray[np.uint8]:
     """A random choice of a role's images, as they are scored; from all shards.
 
     Shards may be sorted by class: few of them, and others for each role, would differ by class.
     """
-    rows = dataset.index.rows()
     positions = np.random.default_rng(config.data.split_seed).permutation(rows.having([role]))
     size = config.data.channels * config.data.image_size**2
     most = _MOST_READ if dataset.images is None else _MOST_COMPARED
     positions = np.sort(positions[: min(most, _MOST_BYTES // size)])
     if dataset.images is not None:
         return np.asarray(dataset.images[positions])
-    return read_plain(dataset.source, rows, config.data, positions, readers=_THREADS)
+
+    def progress(done: int, total: int) -> None:
+        watcher.heartbeat()
+        watcher.event(_reading(done, total))
+
+    return read_plain(
+        dataset.source,
+        rows,
+        config.data,
+        positions,
+        readers=_THREADS,
+        progress=progress,
+    )
 
 
 def _reading(done: int, total: int) -> dict[str, Any]:
