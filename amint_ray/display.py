@@ -195,6 +195,7 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
     lines = {
         "task accuracy on test": interval(document["task"]["accuracy"]),
         "[…, …]": f"{document['confidence']:.0%} intervals given the threshold; one training seed",
+        "images left out": _left_out(document),
         "confounder check": _confounders(document["confounders"]),
         "MLflow run": f"{document['run_id']}  ({document['tracking_uri']})",
         "registered model": document["model_uri"],
@@ -204,6 +205,14 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
     }
     for label, text in lines.items():
         console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _left_out(document: Mapping[str, Any]) -> str:
+    """How many images could not be used."""
+    lost_images = document["lost"]
+    later = f", {lost_images:,} of them in mid-run" if lost_images else ""
+    listed = " (quarantine.parquet)" if document["quarantined"] else ""
+    return f"{document['quarantined']:,}{later}{listed}"
 
 
 def _confounders(found: Mapping[str, Any] | None) -> str:

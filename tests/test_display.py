@@ -68,6 +68,8 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "membership": {"member": question, "withheld": question},
         "loss_threshold": {"member": question, "withheld": question},
         "task": {"accuracy": {"value": 0.97, "low": 0.96, "high": 0.98}},
+        "quarantined": 12,
+        "lost": 3,
         "confounders": {
             "clean": False,
             "comparisons": {"member_vs_test": {"auc": figure, "confounded": True}},
@@ -92,6 +94,7 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "1072 test images",
         'amint_ray.load("models:/amint-digits/1")',
         "abc",
+        "12, 3 of them in mid-run (quarantine.parquet)",
         "3.2 GFLOP, 1.60 times the audited-only step's; 64 GFLOP/s",
         "CONFOUNDED, trust no membership figure: without the model, AUC member from test 0.900",
     ):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +74,12 @@ class Manifest:
         """Samples of each role."""
         return {role.value: int((self.role == role.value).sum()) for role in Role}
 
-    @property
+    @cached_property
     def duplicates(self) -> int:
         """Samples whose content some earlier sample has already."""
         return len(self.content) - len(set(self.content.tolist()))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digits over all rows, whatever their order: SHA-256 of the rows' sorted SHA-256."""
         columns = (c.tolist() for c in (self.sample_id, self.content, self.label, self.role))
@@ -87,7 +88,8 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Store as Parquet, the fingerprint in the schema's metadata."""
-        table = pa.table({name: pa.array(column) for name, column in vars(self).items()})
+        names = [column.name for column in fields(self)]
+        table = pa.table({name: pa.array(getattr(self, name)) for name in names})
         pq.write_table(table.replace_schema_metadata({"fingerprint": self.fingerprint}), path)
 
     @classmethod
