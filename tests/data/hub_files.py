@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def role_by_content(index: Index) -> dict[str, str]:
 
 def same(one: Index, other: Index) -> None:
     """Nothing of two indexes differs, not even an order."""
-    for name in vars(one.manifest):
+    for name in (field.name for field in fields(one.manifest)):
         assert getattr(one.manifest, name).tolist() == getattr(other.manifest, name).tolist(), name
     assert one.manifest.fingerprint == other.manifest.fingerprint
     for name in ("shard", "row", "width", "height"):

@@ -127,6 +127,33 @@ def test_nothing_is_left_of_a_streamed_run(streamed: Command) -> None:
     assert left == []
 
 
+def test_a_run_that_loses_too_much_ends_once_and_for_all(tmp_path: Path) -> None:
+    """Not tried again by Ray, which would begin to count anew."""
+    pixels, labels = digits()
+    for number, label in enumerate(labels[:600]):
+        image = tmp_path / "digits" / str(label) / f"{number:03d}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(png(pixels[number]))
+    command = Command(
+        tmp_path,
+        [
+            *("train", "digits", "data.source=folder", "data.path=digits", *SMALL),
+            *("data.mode=streamed", "data.max_bad_fraction=0.1", "train.epochs=1000"),
+            *("train.checkpoint_steps=5", "cluster.max_failures=3", "--json"),
+        ],
+    )
+    command.wait_until(lambda: bool(list(tmp_path.glob("amint_runs/*/checkpoint_*/state.json"))))
+    for image in tmp_path.glob("digits/[0-4]/*.png"):
+        image.unlink()
+    assert command.wait() == 1
+    last = command.stderr.splitlines()[-1]
+    assert "images can no longer be read, more than data.max_bad_fraction = 0.1" in last
+    assert command.stderr.count("starting 2 workers") == 1
+    assert "Traceback" not in command.stderr
+    assert command.stdout == ""
+    assert command.leftovers() == []
+
+
 def test_a_planted_confounder_is_told_loudly(tmp_path: Path) -> None:
     """Members that are brighter by one grey level; the roles follow from what is stored."""
     kept: list[npt.NDArray[np.uint8]] = []
