@@ -223,6 +223,7 @@ def _results_only(*, verbose: bool) -> Iterator[TextIO]:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that Ray starts
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         logging.getLogger("alembic").setLevel(logging.ERROR)
     sys.stdout.flush()
     result = os.fdopen(os.dup(1), "w", encoding="utf-8")
