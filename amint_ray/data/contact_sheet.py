@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from amint_ray.contracts import Role
 
 _THUMBNAIL, _FRAME, _GAP, _TEXT = 96, 3, 4, 18
 COLUMNS, ROWS = 10, 12
+_KEY, _DRAWN_BY = "Software", "amint data"  # a PNG text chunk that tells our sheets from others
 _COLOURS = {
     Role.MEMBER: "#0072b2",
     Role.WITHHELD: "#56b4e9",
@@ -49,3 +52,25 @@ def contact_sheet(rows: Mapping[str, Sequence[tuple[Role, Image.Image]]]) -> Ima
             sheet.paste(framed, (_GAP + i * (cell + _GAP), top + _TEXT))
         top += _TEXT + cell + _GAP
     return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as PNG, marked as one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mark = PngInfo()
+    mark.add_text(_KEY, _DRAWN_BY)
+    sheet.save(path, "PNG", pnginfo=mark)
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether nothing is at a path, or a sheet that was drawn here."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return bool(image.info.get(_KEY) == _DRAWN_BY)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, SyntaxError):  # Pillow on what is no image, or a damaged one
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,8 +26,16 @@ _SUFFIXES = (
 )
 _SHARD_ROWS = 256
 _READS_AT_ONCE = 16
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
-_SECONDS_BETWEEN_TRIES = (0.5, 2.0)
+_PATIENCE = 4
+"""Times the time-out: somewhat longer than the three attempts of the storage's client."""
+_GONE = (errno.ENOENT, errno.ENOTDIR)
+_OWN = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# What S3 says of one object. For words that it alone has, such as InvalidObjectState of what is in
+# an archive, pyarrow has a number above 128, and now and then takes them for ACCESS_DENIED.
+_REFUSED = re.compile(
+    r"AWS Error (ACCESS_DENIED|OBJECT_NOT_IN_ACTIVE_TIER|NO_SUCH_KEY|RESOURCE_NOT_FOUND|"
+    r"UNKNOWN \(HTTP status 403\)|\[code (129|1[3-9]\d)\])"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class FileSource:
         class_names: list[str] | None,
         limit: int | None,
         notes: list[str],
+        seconds: float,
     ) -> None:
         """Cut the files into shards.
 
@@ -73,8 +82,10 @@ class FileSource:
             class_names: one a class; None: there are no classes.
             limit: files of each official split, the first in the shards' order; None: all.
             notes: what was left out and why.
+            seconds: that object storage may keep silent.
         """
         self._location = location
+        self._seconds = seconds
         self.class_names = class_names
         self.notes = notes
         self.unreadable: list[Unreadable] = []
@@ -108,61 +119,95 @@ class FileSource:
         return [label if label >= 0 else None for label in labels]
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Raw]:
-        """Some rows' files; one that cannot be read is a fault of its own.
+        """Some rows' files; one that is gone, or closed to us, is a fault of its own.
+
+        From object storage several are read at once. Its client makes three attempts for each
+        request and waits `seconds` in each; nothing is asked again here. The first file that fails
+        so ends the whole read, and so does a time of 4 · `seconds` in which the next file does not
+        arrive: a server that keeps silent is waited for no longer than that.
 
         Raises:
-            OSError: object storage keeps silent, or the system has no more files to open.
+            OSError: object storage keeps silent, or refuses all of several files, or the system
+                cannot read now.
         """
         paths = self.sample_ids(shard)
         wanted = [paths[row] for row in rows]
-        remote = self._location.uri.startswith("s3://")
-        if remote:
-            with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-                found = list(pool.map(self._read_persistently, wanted))
-        else:
-            found = [self._read(path) for path in wanted]
-        for error in found:
-            if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
-                continue
-            if remote or error.errno in _PASSING:
-                # Nothing is wrong with the image; as a fault it would be remembered.
-                raise OSError(f"{self._location.uri}: {_reason(error)}")
-        return [raw if isinstance(raw, bytes) else Fault(_reason(raw)) for raw in found]
+        if not self._location.uri.startswith("s3://"):
+            return [self._read(path) for path in wanted]
+        found = self._read_at_once(wanted)
+        refused = [raw for raw in found if isinstance(raw, Fault) and _REFUSED.search(raw.reason)]
+        if 1 < len(refused) == len(found):
+            # It is the bucket or the credentials, and no image is to blame.
+            raise OSError(f"{self._location.uri}: {refused[0].reason}")
+        return found
+
+    def _read_at_once(self, paths: Sequence[str]) -> list[Raw]:
+        """Several files of object storage.
+
+        Raises:
+            OSError: it keeps silent.
+        """
+        pool = ThreadPoolExecutor(_READS_AT_ONCE)
+        patience = _PATIENCE * self._seconds
+        waiting = [pool.submit(self._read, path) for path in paths]
+        found: list[Raw] = []
+        try:
+            for path, file in zip(paths, waiting, strict=True):
+                try:
+                    found.append(file.result(patience))
+                except TimeoutError as error:
+                    where = _below(self._location.uri, path)
+                    raise OSError(f"{where}: did not arrive within {patience:g} s") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return found
 
     def known(self, shard: int) -> Known | None:
         """Nothing."""
         return None
 
-    def _read(self, path: str) -> bytes | Exception:
+    def _read(self, path: str) -> Raw:
+        """A file.
+
+        Raises:
+            OSError: nothing is wrong with it alone.
+        """
+        place = self._location
         try:
-            with self._location.filesystem.open_input_file(_below(self._location, path)) as file:
+            with place.filesystem.open_input_file(_below(place.path, path)) as file:
                 content: bytes = file.read()
                 return content
         except (OSError, ValueError) as error:  # ValueError: pyarrow on a path it dislikes
-            return error
-
-    def _read_persistently(self, path: str) -> bytes | Exception:
-        """Asks again after a pause where it may have been the network."""
-        for pause in _SECONDS_BETWEEN_TRIES:
-            found = self._read(path)
-            if isinstance(found, bytes | FileNotFoundError):
-                return found
-            time.sleep(pause)
-        return self._read(path)
+            fault = _own_fault(error, remote=place.uri.startswith("s3://"))
+            if fault is None:
+                raise OSError(f"{_below(place.uri, path)}: {_reason(error)}") from error
+            return fault
 
 
 def _hash(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")
 
 
-def _below(location: Location, path: str) -> str:
-    return f"{location.path.rstrip('/')}/{path}"
+def _below(folder: str, path: str) -> str:
+    return f"{folder.rstrip('/')}/{path}"
 
 
 def _reason(error: Exception) -> str:
     """In one line, without the path where the system's own word is known."""
     number = getattr(error, "errno", None)
     return f"cannot be read: {os.strerror(number) if number else first_line(error)}"
+
+
+def _own_fault(error: Exception, *, remote: bool) -> Fault | None:
+    """What an error says of one file; None: it may be the machine, the network or the server."""
+    reason = _reason(error)
+    if not isinstance(error, OSError) or error.errno in _GONE:
+        return Fault(reason, "absent")
+    if remote:
+        return Fault(reason, "absent") if _REFUSED.search(str(error)) else None
+    # pyarrow gives no number where a folder has taken the file's place.
+    own = error.errno is None or error.errno in _OWN
+    return Fault(reason, "unread") if own else None
 
 
 def open_folder(
@@ -207,6 +252,7 @@ def open_folder(
         class_names=layout.class_names,
         limit=limit,
         notes=[*listing.notes, *layout.notes],
+        seconds=seconds,
     )
 
 
@@ -233,7 +279,7 @@ def _list(location: Location) -> _Listing:
     images: dict[str, tuple[int, int]] = {}
     folders: list[str] = []
     unnameable = parquet = 0
-    start = len(_below(location, ""))
+    start = len(_below(location.path, ""))
     for info in _entries(location):
         try:
             name = info.path[start:]

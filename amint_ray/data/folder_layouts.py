@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from amint_ray.contracts import first_line
+from amint_ray.data.sources import TEST_WORDS, TRAIN_WORDS, VALIDATION_WORDS
 
-_TRAIN = ("train", "training")
-_VALIDATION = ("val", "valid", "validation")
-_TEST = (*_VALIDATION, "test", "testing")
 _ANNOTATIONS = "val_annotations.txt"
 _SOLUTION = "LOC_val_solution.csv"
 _PARENTS_SEARCHED = 3  # Kaggle's images are in ILSVRC/Data/CLS-LOC, its tables beside ILSVRC
@@ -85,8 +83,8 @@ def arrange(
     tops: dict[str, list[str]] = {}
     for path in images:
         tops.setdefault(path.partition("/")[0] if "/" in path else "", []).append(path)
-    train = next((top for top in sorted(tops) if top.lower() in _TRAIN), None)
-    tests = [top for top in sorted(tops) if top.lower() in _TEST]
+    train = next((top for top in sorted(tops) if top.lower() in TRAIN_WORDS), None)
+    tests = [top for top in sorted(tops) if top.lower() in TEST_WORDS]
     others = [top for top in sorted(tops) if top != train and top not in tests]
     # {train, bus, car} are three classes; {train, val} are two splits, and so is train alone.
     if train is not None and (tests or not any(others)):
@@ -177,7 +175,7 @@ def _test_split(top: str, paths: list[str], known: Collection[str], side: Side) 
     ):
         return _Split(top, True, by_folder)
     # Flat, or in one folder that is no class.
-    if top.lower() in _VALIDATION:
+    if top.lower() in VALIDATION_WORDS:
         stems = {path: PurePosixPath(path).stem for path in paths}
         for up in range(_PARENTS_SEARCHED + 1):
             if (solution := side(_SOLUTION, up)) is not None:

@@ -13,13 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
-# Pillow's own limit would warn below ours, or refuse what `data.max_megapixels` allows, and can be
-# set for the whole process only. `decode` compares the size itself, before it decodes anything.
-Image.MAX_IMAGE_PIXELS = None
-# What Pillow remarks on odd metadata says nothing of the pixels and would end on the user's screen.
-warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
 # No others: some of Pillow's readers start programs (EPS), or hide a size that is checked too late
 # (ICO).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -38,11 +31,20 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
+_OUT_OF_MEMORY = "out of memory"
 _LONGEST_REASON = 200
 
 
 class BadImage(Exception):  # noqa: N818 - a finding about data more than an error
-    """An image that cannot be used; its text is the reason, in one line."""
+    """An image that cannot be used; its text is the reason, in one line.
+
+    Attributes:
+        passing: whether another machine, or this one later, may find otherwise.
+    """
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 def decode(raw: bytes | Image.Image, *, max_megapixels: float) -> Image.Image:
@@ -77,9 +79,10 @@ def decode(raw: bytes | Image.Image, *, max_megapixels: float) -> Image.Image:
         return rgb if turn is None else rgb.transpose(turn)
     except BadImage:
         raise
-    except MemoryError:
-        raise BadImage("needs more memory than there is") from None
     except Exception as error:  # hostile bytes make Pillow raise nearly anything
+        # Some of its decoders say so in words.
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+            raise BadImage("needs more memory than there is", passing=True) from None
         raise BadImage(f"cannot be decoded: {_reason(error)}") from error
 
 
@@ -100,7 +103,17 @@ def encode_png(image: Image.Image) -> bytes:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of ours that this Pillow knows."""
+    """Those of ours that this Pillow knows, once it has been told what it is used for.
+
+    That can be told for the whole process only, since `warnings.catch_warnings` is not safe among
+    threads: so it is done for those who decode, once, and not for whoever imports this.
+    """
+    # Pillow's own limit would warn below ours, or refuse what `data.max_megapixels` allows; the
+    # size is compared here, before anything is decoded.
+    Image.MAX_IMAGE_PIXELS = None
+    # What it remarks on odd metadata says nothing of the pixels and would end on the user's screen.
+    warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 

@@ -6,34 +6,36 @@ that neither their number nor their order leaves a trace.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import Role, RunError, UserError
 from amint_ray.data.images import BadImage, decode, perceptual_hash
-from amint_ray.data.near_duplicates import near_duplicate_groups
+from amint_ray.data.near_duplicates import deciding_content, largest_group
 from amint_ray.data.roles import Manifest, build_manifest, content_hash
-from amint_ray.data.sources import DamagedError, Fault, Raw, Source, count, external_from
+from amint_ray.data.sources import (
+    MOST_CLASSES,
+    DamagedError,
+    Fault,
+    Raw,
+    Source,
+    classes_from_labels,
+    count,
+    external_from,
+    label_fault,
+)
 
 Progress = Callable[[int, int], None]
 Keep = Callable[[int, Image.Image], None]
 
-_VERSION = 1
 _CHUNK_ROWS = 2048
-# A larger label is a mistake (an identifier, a hash), not one of that many classes.
-_MOST_CLASSES = 1_000_000
 _ROLES = [role.value for role in Role]
 
 SCHEMA = pa.schema(
@@ -47,9 +49,11 @@ SCHEMA = pa.schema(
         "height": pa.int32(),
         "perceptual": pa.int64(),
         "fault": pa.string(),
+        "passing": pa.bool_(),
     }
 )
-"""What examining a shard gives, a row an image; `fault` is null where the image can be used."""
+"""What examining a shard gives, a row an image; `fault` is null where the image can be used, and
+`passing` is true where that may change though the source does not."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Index:
         quarantine: (sample id, reason) of what cannot be used.
         overlap: images of `data.external` left out because the pool has them, too.
         groups: how many different contents, or groups of near-duplicates, there are.
+        largest_group: images in the largest of these; None: near-duplicates are not grouped.
+        notes: what the user should know of it.
     """
 
     manifest: Manifest
@@ -99,6 +105,8 @@ class Index:
     quarantine: list[tuple[str, str]]
     overlap: int
     groups: int
+    largest_group: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def rows(self) -> Rows:
         """What a worker needs of it."""
@@ -133,12 +141,10 @@ def examine(
         A table of `SCHEMA`.
 
     Raises:
-        OSError: the shard cannot be read now.
+        OSError: the shard, or a file of it, cannot be read now.
     """
     n = source.shards[shard].rows
-    columns: dict[str, list[object]] = {
-        name: [None] * n for name in ("content", "width", "height", "perceptual", "fault")
-    }
+    columns: dict[str, list[object]] = {name: [None] * n for name in SCHEMA.names[4:]}
     labels: Sequence[int | None] = [None] * n
     try:
         labels = source.labels(shard)
@@ -154,10 +160,13 @@ def examine(
             for row, raw in enumerate(stored or source.read(shard, range(n))):
                 try:
                     if isinstance(raw, Fault):
-                        raise BadImage(raw.reason)
+                        if raw.cause == "unread":
+                            name = source.sample_ids(shard)[row]
+                            raise OSError(f"{name}: {raw.reason}; make it readable, or remove it")
+                        raise BadImage(raw.reason, passing=raw.cause == "absent")
                     image = decode(raw, max_megapixels=config.max_megapixels)
                 except BadImage as error:
-                    columns["fault"][row] = str(error)
+                    columns["fault"][row], columns["passing"][row] = str(error), error.passing
                     continue
                 columns["content"][row] = content_hash(np.asarray(image))
                 columns["width"][row], columns["height"][row] = image.size
@@ -170,9 +179,9 @@ def examine(
     inside = shard < external_from(source)
     for row, label in enumerate(labels):
         if columns["fault"][row] is None and inside:
-            columns["fault"][row] = _label_fault(label, source.class_names)
+            columns["fault"][row] = label_fault(label, source.class_names)
     labels = [
-        label if label is not None and abs(label) < _MOST_CLASSES else None for label in labels
+        label if label is not None and abs(label) < MOST_CLASSES else None for label in labels
     ]
     return pa.table(
         {
@@ -184,15 +193,6 @@ def examine(
         },
         schema=SCHEMA,
     )
-
-
-def _label_fault(label: int | None, names: Sequence[str] | None) -> str | None:
-    if label is None:
-        return "has no label"
-    most = _MOST_CLASSES if names is None else len(names)
-    if 0 <= label < most:
-        return None
-    return f"label {label} is not one of the {most:,} classes 0 to {most - 1}"
 
 
 def chunks(source: Source) -> list[list[int]]:
@@ -253,55 +253,6 @@ def index_here(
     return settle(source, tables, config)
 
 
-class IndexFolder:
-    """Parts of an index on disk, so that a pass can be shared, interrupted and used again."""
-
-    def __init__(self, root: Path, source: Source, config: Data) -> None:
-        """Name the folder by all that the parts depend on.
-
-        Args:
-            root: where indexes are kept; all readers must see it.
-            source: what is indexed.
-            config: tells what the parts depend on beside the source.
-        """
-        asked = [_VERSION, source.identity, config.max_megapixels, config.near_duplicates is None]
-        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
-        self.path = root / "indexes" / key
-        self._chunks = chunks(source)
-
-    def _part(self, chunk: int) -> Path:
-        return self.path / f"part-{chunk:06d}.parquet"
-
-    def missing(self) -> list[int]:
-        """Chunks that nobody has examined yet."""
-        return [c for c in range(len(self._chunks)) if not self._part(c).is_file()]
-
-    def rows(self, chunk: int, source: Source) -> int:
-        """How many images a chunk has."""
-        return sum(source.shards[shard].rows for shard in self._chunks[chunk])
-
-    def write(self, chunk: int, source: Source, config: Data) -> None:
-        """Examine a chunk and keep what was found.
-
-        Raises:
-            OSError: a shard cannot be read now.
-        """
-        table = examine_chunk(source, self._chunks[chunk], config)
-        self.path.mkdir(parents=True, exist_ok=True)
-        draft = self.path / f".part-{chunk:06d}-{uuid.uuid4().hex}"
-        pq.write_table(table, draft)
-        draft.replace(self._part(chunk))
-
-    def read(self, source: Source, config: Data) -> Index:
-        """All parts together.
-
-        Raises:
-            UserError: nothing in the source can be used.
-        """
-        parts = [pq.read_table(self._part(c)) for c in range(len(self._chunks))]
-        return settle(source, parts, config)
-
-
 def settle(source: Source, tables: Sequence[pa.Table], config: Data) -> Index:
     """Who gets which role, and what is left out; the tables may come in any order.
 
@@ -315,21 +266,23 @@ def settle(source: Source, tables: Sequence[pa.Table], config: Data) -> Index:
     table = table.filter(table["fault"].is_null())
     external = table["shard"].to_numpy() >= external_from(source)
     content = table["content"].to_pylist()
-    group = _groups(table, config.near_duplicates)
+    group = deciding_content(content, table["perceptual"].to_numpy(), config.near_duplicates)
     inside = {key for key, own in zip(group, external, strict=True) if not own}
     overlap = np.array([own and key in inside for key, own in zip(group, external, strict=True)])
     if overlap.any():
         keep = np.flatnonzero(~overlap)
         table, external = table.take(keep), external[keep]
         content, group = [content[i] for i in keep], [group[i] for i in keep]
-    if len(table) == 0:
+    if external.all():
         reason = f"; {quarantine[0][0]}: {quarantine[0][1]}" if quarantine else ""
         raise UserError(f"data: no image can be used ({len(quarantine)} quarantined{reason})")
+    names = table["sample_id"].to_pylist()
+    largest, notes = largest_group(group, names, config.near_duplicates)
     label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
     shard = table["shard"].to_numpy()
     test = np.array([s.test for s in source.shards], np.bool_)[shard]
     manifest = build_manifest(
-        table["sample_id"].to_pylist(),
+        names,
         content,
         label,
         test,
@@ -344,20 +297,11 @@ def settle(source: Source, tables: Sequence[pa.Table], config: Data) -> Index:
         row=table["row"].to_numpy(),
         width=table["width"].to_numpy(),
         height=table["height"].to_numpy(),
-        class_names=source.class_names or [str(c) for c in range(int(label.max()) + 1)],
+        class_names=source.class_names
+        or classes_from_labels(label, names, limited=config.limit is not None),
         quarantine=quarantine,
         overlap=int(overlap.sum()),
         groups=len(set(group)),
+        largest_group=largest,
+        notes=notes,
     )
-
-
-def _groups(table: pa.Table, distance: int | None) -> list[str]:
-    """What decides each row's role: its content, or that of the first of its near-duplicates."""
-    content: list[str] = table["content"].to_pylist()
-    if distance is None:
-        return content
-    group = near_duplicate_groups(table["perceptual"].to_numpy(), distance)
-    leader: dict[int, str] = {}
-    for number, key in zip(group.tolist(), content, strict=True):
-        leader[number] = min(key, leader.get(number, key))
-    return [leader[number] for number in group.tolist()]

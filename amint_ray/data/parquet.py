@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amint_ray.contracts import RunError, UserError, first_line
-from amint_ray.data.sources import DamagedError, Fault, Known, Raw, Shard, Unreadable
+from amint_ray.data.sources import TEST_WORDS, DamagedError, Fault, Known, Raw, Shard, Unreadable
 from amint_ray.storage import FileEntry, Location, exists, list_files, locate
 
 PREPARED = b"amint_ray"
@@ -24,6 +24,10 @@ PREPARED = b"amint_ray"
 _KNOWN = ("content", "width", "height", "perceptual")
 _OPEN_FILES = 8
 _FOOTERS_AT_ONCE = 8
+_ROWS_OF_A_BATCH = 64
+_FAILURES = (OSError, ValueError, MemoryError, pa.lib.ArrowException)
+"""What pyarrow raises, whatever a file holds."""
+_TEST_SPLIT = re.compile(rf"({'|'.join(TEST_WORDS)})(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,11 @@ class ParquetSource:
     def read(self, shard: int, rows: Sequence[int]) -> list[Raw]:
         """The encoded images."""
         file = self._files[self._groups[shard][0]]
-        column = self._column(shard, file.image_column).combine_chunks()
-        if pa.types.is_struct(column.type):
-            column = column.field("bytes")  # a null struct has null fields
-        cells = column.take(pa.array(rows, pa.int64())).to_pylist()
+        column = self._column(shard, file.image_column)
+        # Chunk by chunk, since one array of bytes holds no more than 2 GiB.
+        if pa.types.is_struct(column.type):  # a null struct has null fields
+            column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
+        cells = [column[row].as_py() for row in rows]
         return [cell if cell is not None else Fault("the image column is empty") for cell in cells]
 
     def known(self, shard: int) -> Known | None:
@@ -123,17 +128,17 @@ class ParquetSource:
         """A row group's columns; object storage is asked three times by its client."""
         number, group, _ = self._groups[shard]
         try:
-            table = self._open(number).read_row_group(group, columns=columns)
+            table = _row_group(self._open(number), group, columns)
             table.validate()
             if table.num_rows != self._files[number].groups[group][0]:
                 raise ValueError("a column is cut short")
             return table
-        except (OSError, ValueError) as error:
+        except _FAILURES as error:
             vars(self._opened).pop("files", None)  # a broken handle must not be kept
             name = self._files[number].name
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"{name}: is gone: {first_line(error)}") from error
-            kind = OSError if _may_pass(error) else DamagedError
+            kind = OSError if may_pass(error) else DamagedError
             raise kind(f"{name}: cannot be read: {first_line(error)}") from error
 
     def _open(self, number: int) -> pq.ParquetFile:
@@ -145,6 +150,14 @@ class ParquetSource:
             opened = self._location.filesystem.open_input_file(self._files[number].path)
             files[number] = pq.ParquetFile(opened, pre_buffer=True)
         return files[number]
+
+
+def _row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+    try:
+        return parquet.read_row_group(group, columns=columns)
+    except pa.lib.ArrowNotImplementedError:  # images of more than 2 GiB in the hub's structs
+        batches = parquet.iter_batches(_ROWS_OF_A_BATCH, row_groups=[group], columns=columns)
+        return pa.Table.from_batches(batches)
 
 
 def open_parquet(
@@ -167,8 +180,10 @@ def open_parquet(
         where: section of the configuration, for errors.
 
     Raises:
-        UserError: nothing is there, or a column is not there.
+        UserError: nothing is there, not all is there, or a column is not there.
     """
+    from amint_ray.data.preparing import check_complete  # which imports this module
+
     location = locate(path, f"{where}.path", seconds=seconds)
     try:
         entries = list_files(location, ".parquet")
@@ -183,6 +198,8 @@ def open_parquet(
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         try:
             footers = list(pool.map(lambda entry: _footer(location, entry, label_column), entries))
+            ours = [not isinstance(footer, Fault) and footer.prepared for footer in footers]
+            notes = check_complete(location, entries, ours, limit=limit, where=where)
         except OSError as error:
             raise RunError(f"{where}: {where}.path={path}: {first_line(error)}") from error
     files: list[_File] = []
@@ -195,8 +212,7 @@ def open_parquet(
             unreadable.append(Unreadable(entry.name, footer.reason, entry.size))
             continue
         found = columns.check(footer.schema, entry.name)
-        test = _is_test_split(entry.name)
-        if test and label_column is not None and footer.unlabelled:
+        if footer.unlabelled:
             unlabelled.append(entry.name)
             continue
         theirs = _class_names(footer.schema, label_column)
@@ -211,7 +227,7 @@ def open_parquet(
             _File(
                 path=entry.path,
                 name=entry.name,
-                test=test,
+                test=_is_test_split(entry.name),
                 image_column=found,
                 prepared=footer.prepared,
                 groups=footer.groups,
@@ -232,7 +248,7 @@ def open_parquet(
         class_names=names,
         limit=limit,
         identity=hashlib.sha256(text.encode()).hexdigest(),
-        notes=[f"{name}: a test split without labels, left out" for name in unlabelled],
+        notes=notes + [f"{name}: a test split without labels, left out" for name in unlabelled],
         unreadable=unreadable,
     )
 
@@ -260,30 +276,30 @@ def _footer(location: Location, entry: FileEntry, label_column: str | None) -> _
         ):
             metadata, schema = parquet.metadata, parquet.schema_arrow
             groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-            labelled = label_column is None or label_column not in schema.names
             return _Footer(
                 schema=schema,
                 groups=tuple((g.num_rows, g.total_byte_size) for g in groups),
                 prepared=PREPARED in (metadata.metadata or {}),
-                unlabelled=not labelled and _unlabelled(parquet, str(label_column)),
+                unlabelled=label_column is not None
+                and _is_test_split(entry.name)
+                and _unlabelled(parquet, label_column),
             )
-    except Exception as error:  # pyarrow raises OSError, ArrowInvalid and more for a broken file
-        if _may_pass(error):
-            raise
+    except _FAILURES as error:
+        if may_pass(error):
+            raise OSError(f"{entry.name}: cannot be read: {first_line(error)}") from error
         return Fault(f"is not a Parquet file, or was cut short: {first_line(error)}")
 
 
-def _may_pass(error: Exception) -> bool:
-    """A damaged or vanished file is one thing, storage that does not answer another."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno is not None or "AWS Error" in str(error)
+def may_pass(error: Exception) -> bool:
+    """A damaged file is one thing, storage that does not answer and want of memory another."""
+    if isinstance(error, OSError):
+        return error.errno is not None or "AWS Error" in str(error)
+    return isinstance(error, MemoryError | pa.lib.ArrowCancelled)
 
 
 def _is_test_split(name: str) -> bool:
     """`test-00000-of-00001.parquet`, `validation/0.parquet`: the publisher's word for the split."""
-    split = re.compile(r"(test|val|valid|validation)(?![a-z])", re.IGNORECASE)
-    return any(split.match(part) for part in PurePosixPath(name).parts)
+    return any(_TEST_SPLIT.match(part) for part in PurePosixPath(name).parts)
 
 
 @dataclass(frozen=True)
@@ -300,7 +316,12 @@ class _Columns:
         Raises:
             UserError: a column is not there or is of another kind.
         """
-        there = ", ".join(schema.names)
+        there = " ".join(", ".join(schema.names).split())
+        if several := [n for n in (self.image, self.label) if schema.names.count(n) > 1]:
+            raise UserError(
+                f"{self.where}: {name} has several columns {several[0]!r}; give each a name of its "
+                f"own; columns: {there}"
+            )
         if self.label is not None:
             if self.label not in schema.names:
                 raise UserError(
@@ -308,7 +329,7 @@ class _Columns:
                     f"({self.where}.label_column); it has: {there}"
                 )
             kind = schema.field(self.label).type
-            if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
+            if not _holds_indices(kind):
                 raise UserError(
                     f"{self.where}: {name}: column {self.label!r} must hold class indices, it "
                     f"holds {kind}; name another with {self.where}.label_column=NAME, columns: "
@@ -316,7 +337,7 @@ class _Columns:
                 )
         if self.image is None:
             found = [field.name for field in schema if _holds_images(field.type, struct_only=True)]
-            if len(found) != 1:
+            if len(found) != 1 or schema.names.count(found[0]) != 1:
                 raise UserError(
                     f"{self.where}: {name} has {len(found)} columns of the form {{bytes, path}}; "
                     f"name one with {self.where}.image_column=NAME; columns: {there}"
@@ -335,6 +356,10 @@ class _Columns:
         return self.image
 
 
+def _holds_indices(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
 def _holds_images(kind: pa.DataType, *, struct_only: bool) -> bool:
     if pa.types.is_struct(kind):
         return "bytes" in {kind.field(i).name for i in range(kind.num_fields)}
@@ -342,21 +367,24 @@ def _holds_images(kind: pa.DataType, *, struct_only: bool) -> bool:
 
 
 def _unlabelled(parquet: pq.ParquetFile, label_column: str) -> bool:
-    """Whether its publisher keeps the labels (all −1); statistics tell, where they are stored."""
-    metadata = parquet.metadata
-    leaf = next(
-        i for i in range(metadata.num_columns) if metadata.schema.column(i).path == label_column
-    )
-    for group in range(metadata.num_row_groups):
-        statistics = metadata.row_group(group).column(leaf).statistics
-        if statistics is None or not statistics.has_min_max:
+    """Whether its publisher keeps the labels: all are −1.
+
+    Statistics would tell without reading, but where a damaged footer has them wrong, pyarrow aborts
+    the whole process.
+    """
+    schema = parquet.schema_arrow
+    if schema.names.count(label_column) != 1 or not _holds_indices(schema.field(label_column).type):
+        return False  # `_Columns` says what is wrong
+    try:
+        for group in range(parquet.num_row_groups):
             labels = parquet.read_row_group(group, columns=[label_column]).column(0)
-            highest = max((v for v in labels.to_pylist() if v is not None), default=-1)
-        else:
-            highest = statistics.max
-        if highest != -1:
-            return False
-    return bool(metadata.num_rows > 0)
+            if any(label not in (None, -1) for label in labels.to_pylist()):
+                return False
+    except _FAILURES as error:
+        if may_pass(error):
+            raise
+        return False  # reading tells which rows are damaged
+    return bool(parquet.metadata.num_rows > 0)
 
 
 def _class_names(schema: pa.Schema, label_column: str | None) -> list[str] | None:

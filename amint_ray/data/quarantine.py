@@ -24,6 +24,23 @@ def _fractions(source: Source, index: Index) -> tuple[float, float]:
     return tuple((n - u) / max(n, 1) for n, u in zip(rows, used.tolist(), strict=True))
 
 
+def bad_fraction(source: Source, images: float) -> float:
+    """The largest share that cannot be used, whole files included.
+
+    How many images a file had that cannot be opened is unknown; its bytes tell about. Files of the
+    pool and of the external source are weighed among their own.
+
+    Args:
+        source: whose files they are.
+        images: share of the images in all other files.
+    """
+    edge, shares = external_from(source), [images]
+    for external, shards in ((False, source.shards[:edge]), (True, source.shards[edge:])):
+        lost = sum(file.size for file in source.unreadable if file.external == external)
+        shares.append(lost / max(lost + sum(shard.size for shard in shards), 1))
+    return max(shares)
+
+
 def check_quarantine(source: Source, index: Index, config: Data) -> None:
     """Whether too much had to be left out.
 
@@ -31,12 +48,7 @@ def check_quarantine(source: Source, index: Index, config: Data) -> None:
         UserError: more than `data.max_bad_fraction`.
     """
     bad, total = len(index.quarantine) - len(source.unreadable), count(source)
-    fraction = max(_fractions(source, index))
-    if source.unreadable:
-        # How many images a file had that cannot be opened is unknown; its bytes tell about.
-        readable = sum(shard.size for shard in source.shards)
-        lost = sum(file.size for file in source.unreadable)
-        fraction = max(fraction, lost / max(lost + readable, 1))
+    fraction = bad_fraction(source, max(_fractions(source, index)))
     if fraction > config.max_bad_fraction:
         first, reason = index.quarantine[0]
         files = f" and {len(source.unreadable)} whole files" if source.unreadable else ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,31 @@ from PIL import Image
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError
 
+MOST_CLASSES = 1_000_000
+"""A larger label is a mistake (an identifier, a hash), not one of that many classes."""
+_MOST_UNUSED = 10
+_LABELS_SHOWN = 3
+
+# The words by which publishers call their splits, in folders and in the hub's file names.
+TRAIN_WORDS = ("train", "training")
+VALIDATION_WORDS = ("val", "valid", "validation", "dev")
+TEST_WORDS = (*VALIDATION_WORDS, "test", "testing", "eval", "evaluation")
+
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a row or a file cannot be used, in one line."""
+    """Why a row or a file cannot be used, in one line.
+
+    Attributes:
+        reason: the line.
+        cause: `content`: what is stored is no usable image, which a first pass remembers. `absent`:
+            it is gone, or storage refuses it alone: a first pass leaves it out and the next one
+            looks again. `unread`: this machine cannot read it: a first pass stops, since mending
+            that would not change the file, by which findings are remembered.
+    """
 
     reason: str
+    cause: Literal["content", "absent", "unread"] = "content"
 
 
 class DamagedError(OSError):
@@ -70,11 +89,13 @@ class Unreadable:
         name: as the user knows it.
         reason: in one line.
         size: its bytes.
+        external: whether it is of `data.external`.
     """
 
     name: str
     reason: str
     size: int
+    external: bool = False
 
 
 class Source(Protocol):
@@ -198,7 +219,10 @@ class JoinedSource:
         )
         self.shards = [*main.shards, *(Shard(s.rows, False, s.size) for s in external.shards)]
         self.notes = [*main.notes, *external.notes]
-        self.unreadable = [*main.unreadable, *external.unreadable]
+        self.unreadable = [
+            *main.unreadable,
+            *(replace(f, name=f"external/{f.name}", external=True) for f in external.unreadable),
+        ]
         both = f"{main.identity} {external.identity}"
         self.identity = hashlib.sha256(both.encode()).hexdigest()
 
@@ -239,6 +263,47 @@ def external_from(source: Source) -> int:
     return source.external_from if isinstance(source, JoinedSource) else len(source.shards)
 
 
-def nothing_found(where: str, path: str, what: str) -> UserError:
-    """The error of a source that is there and empty."""
-    return UserError(f"{where}: {where}.path={path}: {what}")
+def label_fault(label: int | None, names: Sequence[str] | None) -> str | None:
+    """Why a label is not one of the classes; None: it is.
+
+    Args:
+        label: None: there is none.
+        names: one a class; None: any number may be one.
+    """
+    if label is None:
+        return "has no label"
+    if label < 0:
+        return f"label {label} is negative; labels are counted from 0"
+    most = MOST_CLASSES if names is None else len(names)
+    if label < most:
+        return None
+    return f"label {label} is not one of the {most:,} classes 0 to {most - 1}"
+
+
+def classes_from_labels(
+    label: npt.NDArray[np.int64], sample_id: Sequence[str], *, limited: bool
+) -> list[str]:
+    """Names of the classes where a source has none: the numbers up to the largest label.
+
+    Args:
+        label: (n,) labels; −1: none.
+        sample_id: the images' names.
+        limited: whether these are a part of the source, in which few may have a class.
+
+    Raises:
+        UserError: most of these classes would be of no image: a label is a mistake.
+    """
+    classes = int(label.max()) + 1
+    there = np.unique(label[label >= 0]).tolist()
+    unseen = limited and len(label) < classes
+    if classes > 2 * len(there) and classes - len(there) > _MOST_UNUSED and not unseen:
+        shown = [str(number) for number in there]
+        if len(shown) > 2 * _LABELS_SHOWN:
+            shown[_LABELS_SHOWN:-_LABELS_SHOWN] = ["…"]
+        raise UserError(
+            f"data: {len(there):,} different labels ({', '.join(shown)}) would make {classes:,} "
+            f"classes, since labels are counted from 0; {there[-1]} is that of "
+            f"{sample_id[int(label.argmax())]}; name another column by data.label_column=NAME, or "
+            "renumber them without gaps"
+        )
+    return [str(number) for number in range(classes)]

@@ -16,7 +16,7 @@ from amint_ray.contracts import UserError
 from amint_ray.data.arrays import ArraySource, Part
 from amint_ray.data.folder import Files, FileSource
 from amint_ray.data.sources import Source
-from amint_ray.storage import locate
+from amint_ray.storage import locate, without_secrets
 
 _DEFAULT_ROOT = "~/.cache/amint_ray"
 _SILENT_SECONDS = 60.0
@@ -81,8 +81,9 @@ def open_torchvision(name: str, path: str | None, *, limit: int | None, where: s
     given = path or _DEFAULT_ROOT
     if "://" in given:
         raise UserError(
-            f"{where}: {where}.path={given}: torchvision reads local folders only; from object "
-            f"storage take {where}.source=folder, or parquet after `amint prepare`"
+            f"{where}: {where}.path={without_secrets(given)}: torchvision reads "
+            f"local folders only; from object storage take {where}.source=folder, or parquet after "
+            "`amint prepare`"
         )
     wanted = _SETS[name]
     try:
@@ -166,7 +167,9 @@ def _file_source(
         version=details[:, 1],
     )
     location = locate(str(root), f"{where}.path", seconds=_SILENT_SECONDS)
-    return FileSource(location, files, class_names=names, limit=limit, notes=[])
+    return FileSource(
+        location, files, class_names=names, limit=limit, notes=[], seconds=_SILENT_SECONDS
+    )
 
 
 def _details(path: str) -> tuple[int, int]:

@@ -10,7 +10,13 @@ import numpy as np
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, UserError, Watcher, first_line
-from amint_ray.data.contact_sheet import COLUMNS, ROWS, contact_sheet
+from amint_ray.data.contact_sheet import (
+    COLUMNS,
+    ROWS,
+    contact_sheet,
+    may_be_replaced,
+    save_sheet,
+)
 from amint_ray.data.images import BadImage, decode
 from amint_ray.data.index import Index, index_here
 from amint_ray.data.memory import choose_mode, memory_needed
@@ -30,8 +36,9 @@ def describe_data(config: Config, sheet: Path | None, watcher: Watcher) -> dict[
 
     Returns:
         `count`, `classes` (names), `roles` (images of each), `duplicates`, `quarantined` (each with
-        `sample_id` and `reason`), `unique`, `near_duplicates`, `labels` (images of each class),
-        `sizes`, `official_test`, `mode`, `decoded_bytes`, `fingerprint`, `contact_sheet`.
+        `sample_id` and `reason`), `unique`, `near_duplicates`, `largest_group` (images of the
+        largest group of those), `labels` (images of each class), `sizes`, `official_test`, `mode`,
+        `decoded_bytes`, `fingerprint`, `contact_sheet`.
 
     Raises:
         UserError: there is no such source, nothing in it can be used, or the picture cannot be
@@ -39,10 +46,16 @@ def describe_data(config: Config, sheet: Path | None, watcher: Watcher) -> dict[
     """
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise UserError(f"--sheet={sheet}: there is no folder {sheet.absolute().parent}")
+    if sheet is not None and not may_be_replaced(sheet):
+        raise UserError(
+            f"--sheet={sheet}: is there, and is no contact sheet of `amint data`; name another "
+            "file with --sheet=FILE, or draw none with --sheet="
+        )
     watcher.phase(f"opening {config.data.source}")
     source = open_source(config.data)
     for note in source.notes:
         watcher.notice(f"data: {note}")
+    mode = choose_mode(source, config.data)  # what does not fit is told before all is decoded
     total = count(source)
     watcher.phase(f"looking at {total:,} images")
     index = index_here(
@@ -51,7 +64,9 @@ def describe_data(config: Config, sheet: Path | None, watcher: Watcher) -> dict[
         readers=local_cores(),
         progress=lambda done, total: watcher.event({"phase": "read", "done": done, "total": total}),
     )
-    document = _document(config, source, index)
+    for note in index.notes:
+        watcher.notice(f"data: {note}")
+    document = _document(config, source, index, mode)
     if sheet is not None:
         watcher.phase("drawing the contact sheet")
         _draw(config, source, index, sheet)
@@ -59,7 +74,7 @@ def describe_data(config: Config, sheet: Path | None, watcher: Watcher) -> dict[
     return document
 
 
-def _document(config: Config, source: Source, index: Index) -> dict[str, Any]:
+def _document(config: Config, source: Source, index: Index, mode: str) -> dict[str, Any]:
     manifest = index.manifest
     labels = Counter(manifest.label[manifest.label >= 0].tolist())
     unique = len(manifest.content) - manifest.duplicates
@@ -75,9 +90,10 @@ def _document(config: Config, source: Source, index: Index) -> dict[str, Any]:
         "unique": unique,
         "duplicates": manifest.duplicates,
         "near_duplicates": (None if config.data.near_duplicates is None else unique - index.groups),
+        "largest_group": index.largest_group,
         "external_overlap": index.overlap,
         "quarantined": [{"sample_id": i, "reason": reason} for i, reason in index.quarantine],
-        "mode": choose_mode(source, config.data),
+        "mode": mode,
         "decoded_bytes": memory_needed(source, config.data),
         "fingerprint": manifest.fingerprint,
         "contact_sheet": None,
@@ -113,6 +129,6 @@ def _draw(config: Config, source: Source, index: Index, sheet: Path) -> None:
             except (OSError, BadImage):
                 continue  # was there a moment ago; the sheet does without
     try:
-        contact_sheet(rows).save(sheet, "PNG")
+        save_sheet(contact_sheet(rows), sheet)
     except OSError as error:
         raise UserError(f"--sheet={sheet}: cannot be written: {first_line(error)}") from error

@@ -20,8 +20,10 @@ from amint_ray.config.data_schema import Data, Shares
 from amint_ray.contracts import UserError
 from amint_ray.data.images import decode
 from amint_ray.data.index import Index, index_here
+from amint_ray.data.index_folder import IndexFolder
 from amint_ray.data.memory import load_memory
 from amint_ray.data.sources import Fault, Raw, Source, open_source
+from amint_ray.storage import locate
 
 NO_TEST = Shares(member=0.4, withheld=0.1, external=0.3, calibration=0.2, test=0.0)
 """Roles among which `test` comes from the publisher alone."""
@@ -191,3 +193,8 @@ def refusal(path: Path, **keys: Any) -> str:
 
 def faulty(raw: Raw) -> bool:
     return isinstance(raw, Fault)
+
+
+def index_folder(root: Path, source: Source, config: Data) -> IndexFolder:
+    """An index that is kept below a local folder."""
+    return IndexFolder(locate(str(root), "test"), source, config)

@@ -96,7 +96,10 @@ def config_of(**sections: Mapping[str, Any]) -> Config:
     """
     values: dict[str, dict[str, Any]] = {
         "data": {
-            "image_size": SIDE, "mode": "streamed", "window": 4, "max_bad_fraction": 1.0,
+            "image_size": SIDE,
+            "mode": "streamed",
+            "window": 4,
+            "max_bad_fraction": 1.0,
             "streams": 24,  # for any number of readers
         },
         "train": {"batch_size": 16, "epochs": 3, "seed": 5},

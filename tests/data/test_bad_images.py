@@ -108,6 +108,42 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(WHOLE["PNG"]) == "needs more memory than there is"
 
 
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (MemoryError(), True),
+        (OSError("out of memory when reading image file"), True),
+        (OSError("broken data stream when reading image file"), False),
+    ],
+)
+def test_want_of_memory_may_pass(
+    error: Exception, passing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", fail)
+    with pytest.raises(BadImage) as caught:
+        decode(WHOLE["PNG"], max_megapixels=1)
+    assert caught.value.passing == passing
+
+
+def test_whoever_imports_is_left_alone() -> None:
+    """What is told to Pillow holds for the whole process, and so for other users of it."""
+    code = """
+import logging, warnings, numpy
+from PIL import Image
+before = Image.MAX_IMAGE_PIXELS, list(warnings.filters), logging.getLogger("PIL").level
+import amint_ray.data.images as images
+assert before == (Image.MAX_IMAGE_PIXELS, list(warnings.filters), logging.getLogger("PIL").level)
+images.decode(images.encode_png(Image.new("RGB", (3, 3))), max_megapixels=1)
+assert Image.MAX_IMAGE_PIXELS is None
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
 def test_random_damage_raises_nothing_else() -> None:
     generator = random.Random(0)
     for whole in WHOLE.values():

@@ -15,6 +15,7 @@ from hub_files import (
     every_label,
     every_raw,
     hub,
+    index_folder,
     indexed,
     opened,
     photo,
@@ -28,7 +29,7 @@ from image_files import Pixels, encoded, noise
 
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError
-from amint_ray.data.index import IndexFolder, index_here
+from amint_ray.data.index import index_here
 from amint_ray.data.memory import load_memory, memory_needed
 from amint_ray.data.quarantine import check_quarantine
 from amint_ray.data.sources import count, open_source
@@ -117,7 +118,7 @@ def test_what_the_pool_has_too_is_left_out_and_counted(pool: Path, tmp_path: Pat
     same(index, again)
     at = index.manifest.sample_id.tolist().index("external/a.parquet#5")
     assert (images[at].transpose(1, 2, 0) == outside[1]).all()
-    folder = IndexFolder(tmp_path, open_source(config), config)
+    folder = index_folder(tmp_path, open_source(config), config)
     for chunk in folder.missing():
         folder.write(chunk, open_source(config), config)
     same(index, folder.read(open_source(config), config))
@@ -222,7 +223,43 @@ def test_bad_images_and_files_are_quarantined_under_their_own_name(
     assert len(ids_of(index, external=True)) == 28 - 6
     cut_short(elsewhere / "z.parquet")
     source = opened(pool, external=other(elsewhere))
-    assert [file.name.endswith("z.parquet") for file in source.unreadable] == [True]
+    assert [(file.name, file.external) for file in source.unreadable] == [
+        ("external/z.parquet", True)
+    ]
+    index = indexed(pool, external=other(elsewhere))
+    assert "external/z.parquet" in reasons(index)
+    assert set(reasons(index)) - lost == {"external/z.parquet"}
+
+
+@pytest.mark.parametrize("bad", ["pool", "else"])
+def test_files_of_one_source_do_not_hide_that_the_other_lost_its_own(
+    bad: str, tmp_path: Path
+) -> None:
+    """A tenth of the one, and next to nothing of both together."""
+    large = {"pool": "else", "else": "pool"}[bad]
+    write_hub(tmp_path / large / "t.parquet", noise(10, 400, 400, 3, seed=1))
+    for i in range(10):
+        write_hub(tmp_path / bad / f"{i}.parquet", noise(2, 20, 20, 3, seed=2 + i))
+    spoilt = tmp_path / bad / "3.parquet"
+    spoilt.write_bytes(b"not parquet at all. " * (spoilt.stat().st_size // 20))
+    for most, stops in ((0.05, True), (0.2, False)):
+        config = hub(
+            tmp_path / "pool", external=other(tmp_path / "else"), max_bad_fraction=most, limit=20
+        )
+        source = open_source(config)
+        index = index_here(source, config, readers=2)
+        if stops:
+            with pytest.raises(UserError, match=r"1 whole files cannot be used, more than"):
+                check_quarantine(source, index, config)
+        else:
+            check_quarantine(source, index, config)
+
+
+def test_an_external_source_alone_is_no_pool(pool: Path, elsewhere: Path) -> None:
+    for path in pool.glob("*.parquet"):
+        write_hub(path, [b"text"] * 3)
+    with pytest.raises(UserError, match="no image can be used"):
+        indexed(pool, external=other(elsewhere))
 
 
 def test_a_large_second_source_does_not_hide_that_the_pool_is_bad(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import time
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -13,6 +15,7 @@ import boto3
 import numpy as np
 import pytest
 from folder_trees import listed, opened, plant, refusal
+from odd_objects import ENVIRONMENT, WHOLE, Answer, OddObjects
 from pyarrow.fs import LocalFileSystem
 
 from amint_ray.contracts import UserError
@@ -37,9 +40,8 @@ def many(count: int, **keys: Any) -> FileSource:
         version=np.zeros(total, np.int64),
     )
     location = Location("/nowhere", LocalFileSystem(), "/nowhere")
-    return FileSource(
-        location, files, **{"class_names": ["a", "b"], "limit": None, "notes": [], **keys}
-    )
+    defaults = {"class_names": ["a", "b"], "limit": None, "notes": [], "seconds": 1}
+    return FileSource(location, files, **{**defaults, **keys})
 
 
 def test_shards_mix_the_classes_in_a_fixed_order() -> None:
@@ -119,9 +121,10 @@ def test_a_file_that_is_gone_is_a_fault_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "b/2.jpg").unlink()
     (tmp_path / "b/2.jpg").mkdir()
     found = dict(zip(names, source.read(0, range(4)), strict=True))
-    assert found["b/1.jpg"] == Fault("cannot be read: No such file or directory")
+    assert found["b/1.jpg"] == Fault("cannot be read: No such file or directory", "absent")
     broken = found["b/2.jpg"]
     assert isinstance(broken, Fault) and "is a directory" in broken.reason
+    assert broken.cause == "unread"
     assert found["a/1.jpg"] == (tmp_path / "a/1.jpg").read_bytes()
     assert found["b/3.jpg"] == (tmp_path / "b/3.jpg").read_bytes()
     for name in ("a/1.jpg", "b/3.jpg"):
@@ -129,64 +132,111 @@ def test_a_file_that_is_gone_is_a_fault_of_its_own(tmp_path: Path) -> None:
     assert all(isinstance(raw, Fault) for raw in source.read(0, range(4)))
 
 
-class Flaky:
-    """Stands for a file system that fails so many times for each file."""
+class Failing:
+    """Stands for a file system that fails for each file that is named."""
 
-    def __init__(self, failures: dict[str, int], error: OSError) -> None:
-        self.left, self.error = dict(failures), error
+    def __init__(self, errors: dict[str, OSError]) -> None:
+        self.errors = errors
         self.asked: Counter[str] = Counter()
 
     def open_input_file(self, path: str) -> Any:
         self.asked[path] += 1
-        if self.left.get(path, 0) > 0:
-            self.left[path] -= 1
-            raise self.error
+        if path in self.errors:
+            raise self.errors[path]
         return LocalFileSystem().open_input_file(path)
 
 
+def failing(source: FileSource, row: int, error: OSError) -> None:
+    """Have one file of the first shard fail."""
+    place = source._location
+    errors = {f"{place.path}/{source.sample_ids(0)[row]}": error}
+    source._location = Location(place.uri, Failing(errors), place.path)
+
+
 @pytest.fixture
-def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileSource:
-    """Four files of a source that is told to be on S3."""
-    monkeypatch.setattr(folder, "_SECONDS_BETWEEN_TRIES", (0.0, 0.0))
+def four(tmp_path: Path) -> FileSource:
     plant(tmp_path, [f"{c}/{i}.jpg" for c in "ab" for i in range(2)])
-    local = opened(tmp_path)
-    source = pickle.loads(pickle.dumps(local))
-    source._location = Location("s3://bucket/x", local._location.filesystem, str(tmp_path))
-    return source
+    return opened(tmp_path)
 
 
-def fail(source: FileSource, failures: list[int], error: OSError) -> Flaky:
-    paths = [f"{source._location.path}/{name}" for name in source.sample_ids(0)]
-    flaky = Flaky(dict(zip(paths, failures, strict=True)), error)
-    source._location = Location("s3://bucket/x", flaky, source._location.path)
-    return flaky
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP])
+def test_what_is_closed_to_us_is_its_own_fault_but_no_finding(
+    number: int, four: FileSource
+) -> None:
+    failing(four, 2, OSError(number, "no"))
+    found = four.read(0, range(4))
+    assert found[2] == Fault(f"cannot be read: {os.strerror(number)}", "unread")
+    assert [isinstance(raw, bytes) for raw in found] == [True, True, False, True]
 
 
-def test_silence_is_asked_three_times(remote: FileSource) -> None:
-    flaky = fail(remote, [0, 1, 2, 2], OSError("AWS Error NETWORK_CONNECTION: timed out"))
-    found = remote.read(0, [0, 1, 2, 3])
-    assert [isinstance(raw, bytes) for raw in found] == [True, True, True, True]
-    assert sorted(flaky.asked.values()) == [1, 2, 3, 3]
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOTCONN, errno.ETIMEDOUT, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE],
+)
+def test_a_file_system_that_is_away_is_no_fault_of_the_image(number: int, four: FileSource) -> None:
+    failing(four, 2, OSError(number, "no"))
+    name = four.sample_ids(0)[2]
+    with pytest.raises(OSError, match=f"/{name}: cannot be read: {os.strerror(number)}"):
+        four.read(0, range(4))
 
 
-def test_one_that_stays_silent_is_no_fault_of_the_image(remote: FileSource) -> None:
-    fail(remote, [9, 0, 0, 0], OSError("timed out"))
-    with pytest.raises(OSError, match="s3://bucket/x: cannot be read: timed out"):
-        remote.read(0, [0, 1, 2, 3])
+# --- object storage that fails --------------------------------------------------------------------
+
+NAMES = [f"{i:03d}.jpg" for i in range(60)]
 
 
-def test_a_missing_key_is_asked_once(remote: FileSource) -> None:
-    flaky = fail(remote, [9, 9, 9, 9], FileNotFoundError(2, "not there"))
-    assert remote.read(0, [0, 1, 2, 3]) == [Fault("cannot be read: No such file or directory")] * 4
-    assert set(flaky.asked.values()) == {1}
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
-def test_storage_that_gives_nothing_at_all_is_no_fault_of_the_images(remote: FileSource) -> None:
-    fail(remote, [9, 9, 9, 9], OSError("timed out"))
-    with pytest.raises(OSError, match="s3://bucket/x: cannot be read: timed out"):
-        remote.read(0, [0, 1, 2, 3])
-    with pytest.raises(OSError, match="s3://bucket/x: cannot be read: timed out"):
-        remote.read(0, [2])
+@pytest.mark.usefixtures("keys")
+def test_an_object_that_is_refused_for_good_is_a_fault_of_its_own() -> None:
+    odd: dict[str, Answer] = {"003.jpg": 403, "007.jpg": "InvalidObjectState", "011.jpg": 404}
+    with OddObjects(odd) as store:
+        source = store.source(NAMES, seconds=2)
+        names = source.sample_ids(0)
+        found = dict(zip(names, source.read(0, range(60)), strict=True))
+        alone = source.read(0, [names.index("003.jpg")])
+    faults = {name: raw for name, raw in found.items() if isinstance(raw, Fault)}
+    assert set(faults) == set(odd)
+    assert {fault.cause for fault in faults.values()} == {"absent"}
+    assert "ACCESS_DENIED" in faults["003.jpg"].reason
+    assert faults["011.jpg"].reason == "cannot be read: No such file or directory"
+    assert {raw for name, raw in found.items() if name not in odd} == {WHOLE}
+    assert isinstance(alone[0], Fault)
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_bucket_that_refuses_everything_is_no_fault_of_its_images() -> None:
+    with OddObjects(dict.fromkeys(NAMES, 403)) as store:
+        source = store.source(NAMES, seconds=2)
+        with pytest.raises(OSError, match=r"^s3://odd/x: cannot be read: .*ACCESS_DENIED"):
+            source.read(0, range(60))
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_server_that_is_overloaded_is_no_fault_of_the_image_and_asked_by_its_client() -> None:
+    with OddObjects({"030.jpg": 503}) as store:
+        source = store.source(NAMES, seconds=2)
+        with pytest.raises(OSError, match=r"^s3://odd/x/030.jpg: cannot be read: .*503"):
+            source.read(0, range(60))
+        assert store.asked["030.jpg"] == 3
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("silent", [NAMES, ["030.jpg"]])
+def test_a_server_that_keeps_silent_is_waited_for_once(silent: list[str]) -> None:
+    """And not by each file in turn."""
+    with OddObjects(dict.fromkeys(silent, None)) as store:
+        source = store.source(NAMES, seconds=0.5)
+        started = time.monotonic()
+        with pytest.raises(OSError, match=r"^s3://odd/x/\d+\.jpg: (did not arrive|cannot be read)"):
+            source.read(0, range(60))
+        assert time.monotonic() - started < 0.5 * 4 + 4  # time to read the others, too
+        asked = [store.asked[name] for name in silent if name in store.asked]
+        assert len(asked) <= 16 and max(asked) <= 3
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +290,6 @@ def test_a_folder_in_a_bucket(
     """A real server: Kaggle's table is found above the prefix, a key that went is a fault."""
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(folder, "_SECONDS_BETWEEN_TRIES", (0.0, 0.0))
     object_store.make_bucket("pictures")
     names = [f"train/{c}/{i}.png" for c in ("ant", "späce #%?") for i in range(2)]
     plant(tmp_path / "ILSVRC/Data/CLS-LOC", [*names, "val/x_1.png", "val/x_2.png", "train/.x.png"])
@@ -263,7 +312,7 @@ def test_a_folder_in_a_bucket(
     assert copy.shards[0].size == sum(map(len, local.values()))
     client.delete_object(Bucket="pictures", Key=f"deep/ILSVRC/Data/CLS-LOC/{ids[2]}")
     found = copy.read(0, range(4))
-    assert found[2] == Fault("cannot be read: No such file or directory")
+    assert found[2] == Fault("cannot be read: No such file or directory", "absent")
     assert found[3] == local[ids[3]]
     with pytest.raises(UserError, match="there is no such folder"):
         open_folder(f"{uri}/x", limit=None, seconds=5, where="data", classes_needed=True)

@@ -45,8 +45,12 @@ def test_bytes_are_the_files_own(tmp_path: Path) -> None:
     assert source.known(0) is None
 
 
+WORDS_OF_TEST = ["val", "valid", "validation", "dev", "test", "testing", "Test", "eval"]
+WORDS_OF_TEST += ["evaluation"]
+
+
 @pytest.mark.parametrize("train", ["train", "Training"])
-@pytest.mark.parametrize("test", ["val", "valid", "validation", "test", "testing", "Test"])
+@pytest.mark.parametrize("test", WORDS_OF_TEST)
 def test_splits(train: str, test: str, tmp_path: Path) -> None:
     plant(tmp_path, [f"{train}/{c}/x/{i}.jpg" for c in ("ant", "bee", "cow") for i in range(3)])
     plant(tmp_path, [f"{test}/bee/1.jpg", f"{test}/cow/2.jpg"])

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from folder_trees import plant
 from hub_files import (
     NO_TEST,
     hub,
+    index_folder,
     opened,
     photo,
     plant_pool,
+    reasons,
     same,
     write_hub,
 )
 from image_files import encoded, noise
+from pyarrow.fs import LocalFileSystem
 
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import RunError
 from amint_ray.data import index as module
 from amint_ray.data.index import (
     Index,
-    IndexFolder,
     chunks,
     index_here,
 )
-from amint_ray.data.sources import count, open_source
+from amint_ray.data.sources import Source, count, open_source
+from amint_ray.storage import Location
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ def by_processes(
 ) -> Index:
     """The index by way of a folder, its parts written by a pool in this order."""
     source = open_source(config)
-    folder = IndexFolder(root, source, config)
+    folder = index_folder(root, source, config)
     for done in [pool.submit(folder.write, c, source, config) for c in order or folder.missing()]:
         done.result()
     assert folder.missing() == []
@@ -90,18 +96,19 @@ def test_processes_and_the_order_of_parts_leave_no_trace(
 def test_an_interrupted_pass_goes_on(pool_folder: Path, tmp_path: Path) -> None:
     config = hub(pool_folder)
     source = open_source(config)
-    folder = IndexFolder(tmp_path, source, config)
+    folder = index_folder(tmp_path, source, config)
     everything = list(range(len(chunks(source))))
     assert folder.missing() == everything
     for chunk in (4, 0, 7):
         folder.write(chunk, source, config)
-    (folder.path / ".part-000001-4711").write_bytes(b"PAR1 what a killed process left behind")
+    left = Path(folder.location.path) / ".part-000001.parquet.4711.tmp"
+    left.write_bytes(b"PAR1 what a killed process left behind")
     source = open_source(config)
-    again = pickle.loads(pickle.dumps(IndexFolder(tmp_path, source, config)))
+    again = pickle.loads(pickle.dumps(index_folder(tmp_path, source, config)))
     rest = [c for c in everything if c not in (4, 0, 7)]
     assert again.missing() == rest
-    assert sum(again.rows(c, source) for c in everything) == count(source)
-    stamps = {path: path.stat().st_mtime_ns for path in folder.path.glob("part-*")}
+    assert sum(again.rows(c) for c in everything) == count(source)
+    stamps = {path: path.stat().st_mtime_ns for path in Path(folder.location.path).glob("part-*")}
     assert len(stamps) == 3
     for chunk in rest:
         again.write(chunk, source, config)
@@ -116,14 +123,14 @@ def test_a_part_is_there_whole_or_not_at_all(
 ) -> None:
     config = hub(pool_folder)
     source = open_source(config)
-    folder = IndexFolder(tmp_path, source, config)
+    folder = index_folder(tmp_path, source, config)
 
-    def full_disk(table: object, path: Path) -> None:
-        Path(path).write_bytes(b"PAR1")
+    def full_disk(table: object, file: IO[bytes], **options: object) -> None:
+        file.write(b"PAR1")
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.pq, "write_table", full_disk)
+        patch.setattr(pq, "write_table", full_disk)
         with pytest.raises(OSError, match="no space"):
             folder.write(2, source, config)
     assert 2 in folder.missing()
@@ -135,9 +142,9 @@ def test_parts_belong_to_the_files_and_the_settings_that_made_them(tmp_path: Pat
     pictures = noise(6, 8, 8, 3)
     write_hub(tmp_path / "hub" / "t.parquet", pictures)
 
-    def path(**keys: object) -> Path:
+    def path(**keys: object) -> str:
         config = hub(tmp_path / "hub", **keys)
-        return IndexFolder(tmp_path, open_source(config), config).path
+        return index_folder(tmp_path, open_source(config), config).location.path
 
     first = path()
     assert path() == first
@@ -158,13 +165,13 @@ def test_parts_serve_every_seed_and_distance(tmp_path: Path) -> None:
         write_hub(tmp_path / f"{quality}.parquet", cells, group_rows=10)
     config = hub(tmp_path, near_duplicates=0)
     source = open_source(config)
-    folder = IndexFolder(tmp_path / "indexes", source, config)
+    folder = index_folder(tmp_path / "indexes", source, config)
     for chunk in folder.missing():
         folder.write(chunk, source, config)
     groups = []
     for keys in ({"near_duplicates": 6}, {"near_duplicates": 0, "split_seed": 5}):
         other = hub(tmp_path, **keys)
-        again = IndexFolder(tmp_path / "indexes", source, other)
+        again = index_folder(tmp_path / "indexes", source, other)
         assert again.missing() == []
         same(again.read(source, other), index_here(source, other, readers=2))
         groups.append(again.read(source, other).groups)
@@ -183,7 +190,7 @@ def test_storage_that_does_not_answer_leaves_no_part(
     config = hub(tmp_path)
     source = open_source(config)
     whole = index_here(open_source(config), config, readers=1)
-    folder = IndexFolder(tmp_path / "indexes", source, config)
+    folder = index_folder(tmp_path / "indexes", source, config)
 
     def silent(*_: object, **__: object) -> None:
         raise OSError(SILENT)
@@ -219,7 +226,7 @@ def test_a_file_that_comes_back_is_read_again(tmp_path: Path) -> None:
     path = write_hub(tmp_path / "hub" / "t.parquet", noise(25, 8, 8, 3))
     config = hub(path)
     source = open_source(config)
-    folder = IndexFolder(tmp_path, source, config)
+    folder = index_folder(tmp_path, source, config)
     path.rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match="is gone"):
         folder.write(0, source, config)
@@ -239,6 +246,123 @@ def test_too_many_open_files_are_no_damage(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
     with pytest.raises(RunError, match="Too many open files"):
         index_here(source, config, readers=1)
+
+
+# --- image files that cannot be read --------------------------------------------------------------
+
+
+def pictures(root: Path) -> tuple[Data, Source]:
+    plant(root, [f"{c}/{i}.png" for c in "ab" for i in range(5)])
+    config = Data(source="folder", path=str(root), image_size=8)
+    return config, open_source(config)
+
+
+class Guarded:
+    """The local file system, but for files of one name."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        self.name, self.error = name, error
+
+    def open_input_file(self, path: str) -> object:
+        if path.endswith(self.name):
+            raise self.error
+        return LocalFileSystem().open_input_file(path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_a_file_that_this_machine_cannot_read_is_no_finding(number: int, tmp_path: Path) -> None:
+    """Mending that changes neither the file's size nor its time, by which findings are kept."""
+    config, source = pictures(tmp_path / "set")
+    folder = index_folder(tmp_path, source, config)
+    place = source._location  # type: ignore[attr-defined]
+    guarded = Guarded("b/3.png", OSError(number, "no"))
+    source._location = Location(place.uri, guarded, place.path)  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match=rf"b/3\.png: cannot be read: {os.strerror(number)}"):
+        folder.write(0, source, config)
+    with pytest.raises(RunError, match=r"^data: cannot be read now: .*b/3\.png: [^\n]*$"):
+        index_here(source, config, readers=2)
+    assert folder.missing() == [0]
+    source._location = place  # type: ignore[attr-defined]
+    folder.write(0, source, config)
+    assert folder.missing() == []
+    assert folder.read(source, config).quarantine == []
+
+
+def test_a_file_that_vanished_is_left_out_and_looked_for_again(tmp_path: Path) -> None:
+    config, source = pictures(tmp_path / "set")
+    (tmp_path / "set/a/1.png").write_bytes(b"no picture")
+    source = open_source(config)
+    folder = index_folder(tmp_path, source, config)
+    (tmp_path / "set/b/3.png").rename(tmp_path / "away")
+    folder.write(0, source, config)
+    index = folder.read(source, config)
+    assert set(reasons(index)) == {"a/1.png", "b/3.png"}
+    assert reasons(index)["b/3.png"] == "cannot be read: No such file or directory"
+    same(index, index_here(source, config, readers=2))
+    (tmp_path / "away").rename(tmp_path / "set/b/3.png")
+    again = open_source(config)
+    assert again.identity == source.identity
+    folder = index_folder(tmp_path, again, config)
+    assert folder.missing() == [0]
+    folder.write(0, again, config)
+    assert folder.missing() == []  # what was read and is no image is remembered
+    assert set(reasons(folder.read(again, config))) == {"a/1.png"}
+
+
+def test_want_of_memory_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, source = pictures(tmp_path / "set")
+    folder = index_folder(tmp_path, source, config)
+
+    def full(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", full)
+        folder.write(0, source, config)
+    assert folder.missing() == [0]
+    folder.write(0, source, config)
+    assert folder.missing() == []
+    assert folder.read(source, config).quarantine == []
+
+
+# --- parts that got damaged -----------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    """One bit amid the content hashes, which could be any."""
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(0).column(4)
+    content[(column.dictionary_page_offset + column.data_page_offset) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def shorten(path: Path) -> None:
+    pq.write_table(pq.read_table(path).slice(1), path)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("spoil", "seen_at_once"), [(cut, True), (shorten, True), (Path.unlink, True), (flip, False)]
+)
+def test_a_damaged_part_is_made_anew(
+    spoil: Callable[[Path], None], seen_at_once: bool, pool_folder: Path, tmp_path: Path
+) -> None:
+    config = hub(pool_folder)
+    source = open_source(config)
+    folder = index_folder(tmp_path, source, config)
+    for chunk in folder.missing():
+        folder.write(chunk, source, config)
+    spoil(Path(folder.location.path) / "part-000002.parquet")
+    assert folder.missing() == ([2] if seen_at_once else [])
+    # Also where nobody looked for it.
+    same(folder.read(source, config), index_here(source, config, readers=2))
+    for chunk in folder.missing():
+        folder.write(chunk, source, config)
+    same(folder.read(source, config), index_here(source, config, readers=2))
 
 
 def test_chunks_hold_every_shard_once_and_a_few_thousand_images(tmp_path: Path) -> None:

@@ -95,6 +95,25 @@ def test_groups_do_not_depend_on_how_much_is_compared_at_once(
         assert named_by_first(near_duplicate_groups(words.view(np.int64), 1)) == expected
 
 
+def test_pairs_of_a_dense_group_are_not_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 2¹⁰ words of some ten bits are near each other: half a million pairs."""
+    words = np.arange(1 << 10, dtype=np.uint64)
+    words = np.concatenate([words, ~words, [np.uint64(0xF0F0F0F0F0F0 << 8)]])
+    held: list[int] = []
+    components = module._components
+
+    def watched(edges: Any, n: int) -> Any:
+        held.append(sum(pairs.shape[1] for pairs in edges))
+        return components(edges, n)
+
+    monkeypatch.setattr(module, "_components", watched)
+    monkeypatch.setattr(module, "_PAIRS_AT_ONCE", 5000)
+    found = near_duplicate_groups(words.view(np.int64), 8)
+    assert named_by_first(found) == [0] * 1024 + [1024] * 1024 + [2048]
+    assert len(held) > 20
+    assert max(held) <= 5000 + len(words) + 5000
+
+
 NONE: list[int] = []
 
 
@@ -179,6 +198,7 @@ def settled(tmp_path: Path, words: list[int], tests: int, **keys: Any) -> Index:
             "height": [8] * len(words),
             "perceptual": [word - (word >> 63 << 64) for word in order],
             "fault": pa.nulls(len(words)),
+            "passing": pa.nulls(len(words)),
         }
     ).cast(SCHEMA)
     return settle(source, [table], hub(tmp_path, shares=NO_TEST, **keys))
@@ -207,6 +227,33 @@ def test_a_groups_role_is_that_of_its_first_content_whatever_the_order(tmp_path:
         assert found == again
         expected = role_of(f"content {min(words[:3]):x}", NO_TEST, seed).value
         assert [found[f"{word:x}"] for word in words[:3]] == [expected] * 3
+
+
+@pytest.mark.parametrize(("chain", "others", "told"), [(101, 1000, True), (101, 2100, False)])
+def test_a_group_of_many_images_is_remarked_on(
+    chain: int, others: int, told: bool, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    words = [int(w) for w in generator.integers(0, 2**64, others, dtype=np.uint64)]
+    word = 0x123456789ABCDEF
+    for step in range(chain):
+        words.append(word)
+        word = flipped(word, [step % 64])
+    index = settled(tmp_path, words, 1, near_duplicates=2)
+    assert index.largest_group == chain
+    assert bool(index.notes) == told
+    for note in index.notes:
+        assert f"holds 101 of {len(words):,} images, " in note
+        name = note.split(" images, ")[1].split(" among them")[0]
+        assert int(name, 16) in words[others:]
+        assert "data.near_duplicates=2" in note and len(note.splitlines()) == 1
+    apart = settled(tmp_path, words, 1)
+    assert (apart.largest_group, apart.notes) == (None, [])
+
+
+def test_many_images_of_few_are_no_chain(tmp_path: Path) -> None:
+    index = settled(tmp_path, [5] * 100 + [2**60, 2**61 - 1], 1, near_duplicates=0)
+    assert (index.largest_group, index.notes) == (100, [])
 
 
 def test_perceptual_hashes_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:

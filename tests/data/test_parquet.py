@@ -28,7 +28,9 @@ from hub_files import (
 from image_files import encoded, noise
 from PIL import Image
 
-from amint_ray.data.sources import count
+from amint_ray.contracts import UserError
+from amint_ray.data import parquet
+from amint_ray.data.sources import Fault, count
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 NAMES = ["ant", "bee", "cat"]
@@ -75,6 +77,13 @@ def test_official_split_limit_and_names(tmp_path: Path) -> None:
         ("valid-1.parquet", True),
         ("validation/0000.parquet", True),
         ("data/test/part.parquet", True),
+        ("testing-0.parquet", True),
+        ("dev-00000-of-00001.parquet", True),
+        ("eval/0000.parquet", True),
+        ("evaluation.parquet", True),
+        ("devices.parquet", False),
+        ("evaluator.parquet", False),
+        ("training/0.parquet", False),
         ("train-00000-of-00001.parquet", False),
         ("tested.parquet", False),
         ("values.parquet", False),
@@ -106,6 +115,24 @@ def test_rows_are_read_in_any_order_and_by_themselves(tmp_path: Path) -> None:
     assert source.read(1, [3, 0, 3]) == [encoded(pictures[i], "PNG") for i in (8, 5, 8)]
     assert source.read(0, []) == []
     assert source.known(0) is None
+
+
+def test_a_row_group_of_more_bytes_than_one_array_holds_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond 2 GiB pyarrow refuses to read the hub's structs as a whole."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise pa.lib.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    pictures = [*(encoded(p, "PNG") for p in noise(9, 8, 8, 3)), None]
+    write_hub(tmp_path / "t.parquet", pictures)
+    source = opened(tmp_path)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", refused)
+    monkeypatch.setattr(parquet, "_ROWS_OF_A_BATCH", 4)
+    found = source.read(0, [8, 1, 9, 4, 1])
+    assert found[:2] + found[3:] == [pictures[i] for i in (8, 1, 4, 1)]
+    assert isinstance(found[2], Fault)
 
 
 def test_identity_changes_with_the_files_and_what_is_taken_of_them(tmp_path: Path) -> None:
@@ -173,6 +200,32 @@ def test_files_that_name_different_classes_are_refused(tmp_path: Path) -> None:
         assert f"({len(NAMES)} and {len(other)})" in text
 
 
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        ([*range(10), 54_321], "11 different labels (0, 1, 2, …, 8, 9, 54321)"),
+        ([7, 700], "2 different labels (7, 700)"),
+    ],
+)
+def test_a_stray_label_makes_no_classes(labels: list[int], shown: str, tmp_path: Path) -> None:
+    write_hub(tmp_path / "t.parquet", noise(len(labels), 8, 8, 3), labels)
+    with pytest.raises(UserError) as caught:
+        indexed(tmp_path)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    assert f"{shown} would make {labels[-1] + 1:,} classes" in text
+    assert f"{labels[-1]} is that of t.parquet#{len(labels) - 1}" in text
+    assert "data.label_column=NAME" in text and "renumber" in text
+    # Of a few images of a large set, most classes have none.
+    assert len(indexed(tmp_path, limit=100).class_names) == labels[-1] + 1
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3], [0, 11], list(range(0, 60, 2))])
+def test_a_few_classes_without_images_are_none(labels: list[int], tmp_path: Path) -> None:
+    write_hub(tmp_path / "t.parquet", noise(len(labels), 8, 8, 3), labels)
+    assert len(indexed(tmp_path).class_names) == labels[-1] + 1
+
+
 @pytest.mark.parametrize("text", ["{not json", "[]", '{"info": null}', '{"info": {"features": 1}}'])
 def test_strange_hub_metadata_is_no_reason_to_fail(text: str, tmp_path: Path) -> None:
     path = write_hub(tmp_path / "t.parquet", noise(2, 8, 8, 3), [0, 1])
@@ -230,10 +283,29 @@ def test_no_image_column_lists_those_there(tmp_path: Path) -> None:
     assert "data.image_column" in text
 
 
-@pytest.mark.parametrize("labels", [[0.0, 1.5], ["a", "b"], [True, False]])
-def test_label_column_that_holds_no_indices_is_refused(labels: list[Any], tmp_path: Path) -> None:
-    write_hub(tmp_path / "t.parquet", noise(2, 8, 8, 3), labels)
-    assert "must hold class indices" in refusal(tmp_path)
+@pytest.mark.parametrize("name", ["train.parquet", "test.parquet"])
+@pytest.mark.parametrize(
+    "labels",
+    [[0.0, 1.5], ["a", "b"], [True, False], [{"fine": 0}, {"fine": 1}], [[0], [1, 2]]],
+)
+def test_label_column_that_holds_no_indices_is_refused(
+    labels: list[Any], name: str, tmp_path: Path
+) -> None:
+    cells = [{"bytes": b"", "path": None}] * 2
+    pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / name)
+    text = refusal(tmp_path)
+    assert f"{name}: column 'label' must hold class indices, it holds " in text
+    assert "data.label_column=NAME, columns: image, label" in text
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_two_columns_of_one_name_are_refused(key: str, tmp_path: Path) -> None:
+    table = pq.read_table(write_hub(tmp_path / "t.parquet", noise(2, 8, 8, 3), [0, 1]))
+    pq.write_table(table.append_column(key, [[3, 4]]), tmp_path / "t.parquet")
+    text = refusal(tmp_path, image_column="image")
+    assert f"t.parquet has several columns '{key}'" in text
+    assert "give each a name of its own; columns: image, label, " in text
+    assert key in refusal(tmp_path)
 
 
 # --- real data, where it is -----------------------------------------------------------------------

@@ -25,10 +25,11 @@ from hub_files import (
 )
 from image_files import encoded, noise
 
-from amint_ray.contracts import UserError
-from amint_ray.data.index import examine
+from amint_ray.contracts import RunError, UserError
+from amint_ray.data.index import examine, index_here
 from amint_ray.data.quarantine import check_quarantine
 from amint_ray.data.roles import content_hash
+from amint_ray.data.sources import DamagedError
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -51,9 +52,9 @@ def stop(path: Path, **keys: Any) -> str | None:
     [
         (None, NAMES, "has no label"),
         (None, None, "has no label"),
-        (-1, NAMES, "label -1 is not one of the 3 classes 0 to 2"),
+        (-1, NAMES, "label -1 is negative; labels are counted from 0"),
         (3, NAMES, "label 3 is not one of the 3 classes 0 to 2"),
-        (-1, None, "label -1 is not one of"),
+        (-1, None, "label -1 is negative; labels are counted from 0"),
         (1_000_000, None, "label 1000000 is not one of"),
         (2**63, None, "label 9223372036854775808 is not one of"),
     ],
@@ -139,6 +140,57 @@ def test_whatever_byte_of_a_row_group_is_wrong_the_pass_goes_on(leaf: str, tmp_p
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         table = examine(opened(path), 1, config)
         assert len(table) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [pa.lib.ArrowTypeError("x"), pa.lib.ArrowKeyError("x"), pa.lib.ArrowException("x")]
+)
+def test_whatever_pyarrow_raises_is_damage(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path = write_hub(tmp_path / "t.parquet", noise(4, 8, 8, 3))
+    source = opened(path)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(DamagedError, match=r"^t\.parquet: cannot be read: "):
+        source.read(0, [0])
+
+
+@pytest.mark.parametrize("error", [pa.lib.ArrowMemoryError("malloc failed"), MemoryError()])
+def test_want_of_memory_is_no_damage(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path = write_hub(tmp_path / "t.parquet", noise(4, 8, 8, 3))
+    source = opened(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "read_row_group", fail)
+        with pytest.raises(RunError, match=r"cannot be read now: t\.parquet: cannot be read: "):
+            index_here(source, hub(path), readers=1)
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(RunError, match=r"t\.parquet: cannot be read: [^\n]*$"):
+        opened(path)
+
+
+def test_a_damaged_footer_ends_in_no_traceback(tmp_path: Path) -> None:
+    """Nor does it take the process with it, as pyarrow's statistics do."""
+    write_hub(tmp_path / "train.parquet", noise(4, 1, 1, 3))
+    path = write_hub(tmp_path / "test.parquet", noise(4, 1, 1, 3, seed=1), group_rows=2)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for at in range(len(whole) - 7 - footer, len(whole), 6):  # every one takes too long
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 21]) + whole[at + 1 :])
+        try:
+            assert len(indexed(tmp_path).manifest.role) >= 4
+        except UserError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+    assert refused < 20
 
 
 @pytest.mark.parametrize("labels", [[-1] * 6, [1] * 6])

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hub_files import (
+    cut_short,
     damage,
     every_id,
     every_label,
     every_raw,
     hub,
+    index_folder,
     loaded,
     opened,
     photo,
     reasons,
+    refusal,
     role_by_content,
     same,
     write_hub,
@@ -28,19 +33,28 @@ from hub_files import (
 from image_files import encoded, noise
 
 from amint_ray.config.data_schema import Data
-from amint_ray.contracts import UserError
+from amint_ray.contracts import RunError, UserError
 from amint_ray.data import index as module
-from amint_ray.data.index import Index, IndexFolder, index_here
+from amint_ray.data import preparing
+from amint_ray.data.index import Index, index_here
 from amint_ray.data.memory import load_memory
 from amint_ray.data.preparing import (
+    Output,
     Written,
     already_written,
+    mark_finished,
+    mark_unfinished,
     plan_fingerprint,
     plan_outputs,
+    remove_drafts,
+    sole_writer,
     write_output,
 )
 from amint_ray.data.sources import Source, count, open_source
-from amint_ray.storage import locate
+from amint_ray.storage import exists, list_files, locate, write_atomically
+
+if TYPE_CHECKING:
+    from infra.local.object_store import ObjectStore
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -52,7 +66,9 @@ def prepare(config: Data, folder: Path, *, file_mib: float = 0.02) -> dict[str, 
     plan = plan_fingerprint(source, config, outputs)
     there = already_written(location, outputs, plan)
     missing = [output for output in outputs if output.name not in there]
-    return {o.name: write_output(source, config, o, location, plan) for o in missing}
+    written = {o.name: write_output(source, config, o, location, plan) for o in missing}
+    mark_finished(location, {})
+    return written
 
 
 def examined(config: Data) -> tuple[Source, Index]:
@@ -181,7 +197,7 @@ def test_prepared_images_are_indexed_without_decoding(
     monkeypatch.setattr(module, "decode", refuse)
     source = open_source(config)
     same(whole, index_here(source, config, readers=2))
-    folder = IndexFolder(tmp_path, source, config)
+    folder = index_folder(tmp_path, source, config)
     for chunk in folder.missing():
         folder.write(chunk, source, config)
     same(whole, folder.read(source, config))
@@ -256,14 +272,15 @@ def test_a_second_call_writes_nothing_and_a_removed_file_alone(tmp_path: Path) -
     config, out = hub(hub_with_faults(tmp_path / "hub")), tmp_path / "out"
     first = prepare(config, out)
     assert len(first) >= 3
-    (out / "prepared.json").write_text("{}")  # is no Parquet file and may be there
-    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    before = {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.glob("*.parquet")
+    }
     assert prepare(config, out) == {}
     for name in first:
         (out / name).unlink()
         assert prepare(config, out) == {name: first[name]}
         assert (out / name).read_bytes() == before[name][1]
-        others = {p.name: p.stat().st_mtime_ns for p in out.iterdir() if p.name != name}
+        others = {p.name: p.stat().st_mtime_ns for p in out.glob("*.parquet") if p.name != name}
         assert others == {n: stamp for n, (stamp, _) in before.items() if n != name}
         before[name] = ((out / name).stat().st_mtime_ns, before[name][1])
 
@@ -321,6 +338,184 @@ def test_a_file_of_bad_images_alone_is_empty(tmp_path: Path) -> None:
     }
     check_same(config, tmp_path / "out")
     assert prepare(config, tmp_path / "out") == {}
+
+
+# --- what is not all there ------------------------------------------------------------------------
+
+
+def plant_set(root: Path, name: str, numbers: Sequence[int], amount: int) -> None:
+    """Files of a set, of two images each; `name` has a place for the number and the amount."""
+    for number in numbers:
+        path = root / name.format(f"{number:05d}-of-{amount:05d}")
+        write_hub(path, noise(2, 8, 8, 3, seed=number))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train-{}.parquet", "train-…-of-00005.parquet"),
+        ("data/train-{}.parquet", "data/train-…-of-00005.parquet"),
+        ("train-{}-b42a775f407cee45.parquet", "train-…-of-00005.parquet"),
+        ("my-own-{}.parquet", "my-own-…-of-00005.parquet"),
+    ],
+)
+def test_a_set_of_which_files_are_missing_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    plant_set(tmp_path, name, [0, 1, 3], 5)
+    plant_set(tmp_path, "test-{}.parquet", [0, 1], 2)
+    write_hub(tmp_path / "more.parquet", noise(2, 8, 8, 3, seed=9))
+    text = refusal(tmp_path)
+    assert f"3 of the 5 files {said} are there" in text
+    assert "of the 2 files" not in text
+    assert "finish `amint prepare`, or the download" in text and "data.limit" in text
+    limited = opened(tmp_path, limit=3)
+    assert [f"3 of the 5 files {said} are there" in note for note in limited.notes] == [True]
+    assert count(limited) == 6
+    for path in tmp_path.glob(name.format("*")):
+        single = opened(path)
+        assert count(single) == 2 and single.notes == []
+    plant_set(tmp_path, name, [2, 4], 5)
+    assert count(opened(tmp_path)) == 16 and opened(tmp_path).notes == []
+
+
+def test_each_set_counts_for_itself(tmp_path: Path) -> None:
+    plant_set(tmp_path, "train-{}.parquet", [0], 2)
+    plant_set(tmp_path, "test-{}.parquet", [1], 3)
+    text = refusal(tmp_path)
+    assert "1 of the 2 files train-" in text and "1 of the 3 files test-" in text
+    external = {"source": "parquet", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"^data\.external: .*1 of the 2 .*data\.external\.limit"):
+        open_source(Data.model_validate({"external": external}))
+
+
+def test_sets_that_are_whole_are_no_matter(tmp_path: Path) -> None:
+    plant_set(tmp_path / "first", "train-{}.parquet", [1, 2, 3], 3)  # counted from 1
+    plant_set(tmp_path / "other", "train-{}.parquet", [0, 1], 2)
+    write_hub(tmp_path / "a-1-of-2.parquet", noise(2, 8, 8, 3))  # nobody's way to name a set
+    assert count(opened(tmp_path)) == 12
+    cut_short(tmp_path / "other" / "train-00001-of-00002.parquet")  # is there, if of no use
+    source = opened(tmp_path)
+    assert [file.name for file in source.unreadable] == ["other/train-00001-of-00002.parquet"]
+
+
+def test_prepared_files_are_refused_until_all_are_there(tmp_path: Path) -> None:
+    out = tmp_path / "all" / "out"
+    first = min(prepare(hub(hub_with_faults(tmp_path / "hub")), out))
+    opened(out)
+    (out / "prepared.json").unlink()
+    for keys in ({}, {"limit": 5}):
+        text = refusal(out, **keys)
+        assert first in text and "prepared.json" in text and "`amint prepare`" in text
+    assert f"out/{first}" in refusal(out.parent)
+    (out.parent / "prepared.json").write_text("{}")  # of another folder
+    refusal(out.parent)
+    assert count(opened(out / first)) > 0
+    (out / "prepared.json").write_text("{}")
+    assert count(opened(out.parent)) == count(opened(out))
+
+
+def test_an_unfinished_prefix_on_s3_is_refused(
+    tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    object_store.make_bucket("unfinished")
+    address = "s3://unfinished/a/b"
+    config = hub(hub_with_faults(tmp_path / "hub"))
+    source, location = open_source(config), locate(address, "DEST")
+    outputs = plan_outputs(source, 0.02)
+    there = Data(source="parquet", path=address)
+    with sole_writer(location):
+        for output in outputs[:-1]:
+            write_output(source, config, output, location, "plan")
+        with pytest.raises(UserError, match="`amint prepare`"):
+            open_source(there)
+        write_output(source, config, outputs[-1], location, "plan")
+        with pytest.raises(UserError, match=r"prepared\.json") as caught:
+            open_source(there)
+        assert len(str(caught.value).splitlines()) == 1
+        remove_drafts(location, outputs)
+        mark_finished(location, {"files": len(outputs)})
+    assert count(open_source(there)) == 51
+    assert len(list_files(location)) == len(outputs) + 1
+    mark_unfinished(location)
+    mark_unfinished(location)
+    assert not exists(location, "prepared.json")
+    with pytest.raises(UserError, match=r"prepared\.json"):
+        open_source(there)
+    one = Data(source="parquet", path=f"{address}/{outputs[0].name}")
+    assert count(open_source(one)) > 0
+
+
+# --- who writes, and what killed writers leave ----------------------------------------------------
+
+
+def test_drafts_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    location = locate(str(tmp_path), "DEST")
+    outputs = [Output(f"train-{i:05d}-of-00002.parquet", (i,)) for i in range(2)]
+    for name in (outputs[0].name, outputs[1].name, "prepared.json"):
+        with suppress(FileNotFoundError), write_atomically(location, name):
+            assert len(list(tmp_path.iterdir())) == 1
+            remove_drafts(location, outputs)
+            assert list(tmp_path.iterdir()) == []
+    others = [
+        f".train-00002-of-00002.parquet.{'0' * 32}.tmp",  # of another plan
+        f".{outputs[0].name}.tmp",
+        f".{outputs[0].name}.notes.tmp",
+        f"{outputs[0].name}.{'0' * 32}.tmp",
+        outputs[0].name,
+    ]
+    for name in others:
+        (tmp_path / name).touch()
+    remove_drafts(location, outputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_two_calls_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    location = locate(str(tmp_path / "new" / "out"), "DEST")
+    with sole_writer(location):
+        assert list_files(location) == []
+        with pytest.raises(UserError) as caught, sole_writer(location):
+            pass
+        text = str(caught.value)
+        assert len(text.splitlines()) == 1
+        assert text.startswith(f"prepare: another call is writing to {tmp_path}/new/out; wait")
+    with sole_writer(location):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match=r"cannot be locked: .*; choose another destination$"),
+        sole_writer(locate(str(tmp_path / "file" / "out"), "DEST")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("When reading information: AWS Error NETWORK_CONNECTION: Timeout was reached"),
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["open_input", "list_files"])
+def test_files_that_cannot_be_read_now_are_not_called_foreign(
+    verb: str, error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = hub(hub_with_faults(tmp_path / "hub")), tmp_path / "out"
+    first = min(prepare(config, out))
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, verb, fail)
+        with pytest.raises(RunError, match="cannot be read now: ") as caught:
+            prepare(config, out)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1 and text.startswith("prepare: ")
+    assert "remove" not in text and text.endswith("; the same command goes on")
+    assert (first in text) == (verb == "open_input")
+    assert prepare(config, out) == {}
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -14,7 +14,12 @@ import pytest
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunError
 from amint_ray.data.index import Index, index_here
-from amint_ray.data.preparing import plan_fingerprint, plan_outputs, write_output
+from amint_ray.data.preparing import (
+    mark_finished,
+    plan_fingerprint,
+    plan_outputs,
+    write_output,
+)
 from amint_ray.data.sources import Source, open_source
 from amint_ray.data.streaming import StreamedStreams
 from amint_ray.storage import locate
@@ -46,6 +51,7 @@ def put(prefix: str, limit: int) -> str:
     for output in outputs:
         fingerprint = plan_fingerprint(source, config.data, outputs)
         write_output(source, config.data, output, where, fingerprint)
+    mark_finished(where, {})
     return where.uri
 
 

@@ -238,6 +238,12 @@ def test_object_storage_is_refused() -> None:
         open_torchvision("MNIST", "s3://bucket/x", limit=None, where="data")
 
 
+def test_credentials_in_an_address_are_not_repeated() -> None:
+    with pytest.raises(UserError) as caught:
+        open_torchvision("MNIST", "s3://KEY:SECRET@bucket/x?k=v", limit=None, where="data")
+    assert "data.path=s3://***@bucket/x?***: torchvision reads local" in str(caught.value)
+
+
 @pytest.fixture(autouse=True)
 def same_timeout() -> Iterator[None]:
     """Opening leaves nothing changed for the process."""
