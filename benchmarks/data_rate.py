@@ -279,6 +279,7 @@ def repeated(prepared: Path, folder: Path, images: int) -> str:
     times = -(-images // pq.ParquetFile(file).metadata.num_rows)
     for i in range(times):
         (folder / f"train-{i:05d}-of-{times:05d}.parquet").hardlink_to(file)
+    (folder / "prepared.json").write_text("{}")
     return str(folder)
 
 

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
+from launch.commands import Command
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from amint_ray.cli import main
-from amint_ray.contracts import Role
+from amint_ray.config.load import load_config
+from amint_ray.contracts import Role, RunError
+from amint_ray.data.preparing import mark_finished, plan_fingerprint, plan_outputs, write_output
+from amint_ray.data.sources import open_source
+from amint_ray.launch import prepare_data
+from amint_ray.storage import locate
+
+if TYPE_CHECKING:
+    from infra.local.object_store import ObjectStore
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
@@ -66,6 +79,30 @@ def test_data_for_a_person_names_reasons(birds: Path, capfd: pytest.CaptureFixtu
     assert not (birds.parent / "contact_sheet.png").exists()
 
 
+def test_data_draws_over_its_own_sheets_alone(
+    birds: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["data", "folder", f"data.path={birds}"]
+    sheet = birds.parent / "contact_sheet.png"
+    elsewhere = PngInfo()
+    elsewhere.add_text("Software", "a drawing program")
+    Image.new("RGB", (9, 9)).save(sheet, pnginfo=elsewhere)
+    painted = sheet.read_bytes()
+    for theirs in (painted, painted[:40], b"a note", b""):
+        sheet.write_bytes(theirs)
+        assert main(arguments) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and len(err.splitlines()) == 1  # before anything is opened
+        assert "--sheet=contact_sheet.png: is there" in err and "--sheet=FILE" in err
+        assert sheet.read_bytes() == theirs
+    sheet.unlink()
+    assert main(arguments) == 0
+    drawn = sheet.read_bytes()
+    write_images(birds / "wren", 2, seed=5)
+    assert main(arguments) == 0
+    assert sheet.read_bytes() != drawn
+
+
 def test_data_uses_a_recipes_roles(birds: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["data.source=folder", f"data.path={birds}", "--json", "--sheet="]
     assert main(["data", "cifar10_vit", *arguments]) == 0
@@ -103,6 +140,17 @@ def hub_file(path: Path, **columns: list[object]) -> Path:
         (["prepare", "folder", "out", "data.path=empty"], ["no image files"]),
         (["prepare", "digits", "http://x/y"], ["DEST", "s3://BUCKET/PREFIX"]),
         (["prepare", "digits"], ["DEST"]),
+        (
+            ["prepare", "folder", "one/out", "data.path=one"],
+            ["lies in the source", "data.path=one"],
+        ),
+        (["prepare", "folder", "./one/a/..", "data.path=one"], ["is the source", "apart from it"]),
+        (["prepare", "folder", ".", "data.path=one"], ["holds the source", "apart from it"]),
+        (["prepare", "folder", "link/out", "data.path=one"], ["lies in the source"]),
+        (["prepare", "parquet", "hub/x/y", "data.path=hub"], ["lies in the source"]),
+        (["prepare", "parquet", "hub", "data.path=hub"], ["is the source"]),
+        (["prepare", "parquet", "hub", "data.path=hub/a.parquet"], ["holds the source"]),
+        (["prepare", "parquet", "hub.out", "data.path=hub"], ["no column 'label'"]),
         (["prepare", "digits", "hub"], ["holds a.parquet", "another destination"]),
         (
             ["prepare", "digits", "out", "data.external.source=digits"],
@@ -120,6 +168,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "one/a", 3)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
     (tmp_path / "hub").mkdir()
     hub_file(tmp_path / "hub/a.parquet", **{"class": ["crow"]})
     (tmp_path / "labelled").mkdir()
@@ -131,7 +180,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(told) == 1, err
     for part in parts:
         assert part in told[0]
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / folder / "out").exists() for folder in (".", "one"))
+
+
+def test_an_s3_destination_must_be_apart_from_the_source(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    object_store.make_bucket("apart")
+    for destination, said in (
+        ("s3://apart/a/b/out", "lies in the source, data.path=s3://apart/a/b"),
+        ("s3://apart/a/b/", "is the source"),
+        ("s3://apart", "holds the source"),
+        ("s3://apart/a/bc", "holds no *.parquet file|there is no such file or folder"),
+    ):
+        assert main(["prepare", "parquet", destination, "data.path=s3://apart/a/b"]) == 2
+        told = capfd.readouterr().err.splitlines()[-1]
+        assert any(part in told for part in said.split("|")), told
 
 
 @pytest.mark.parametrize(
@@ -190,3 +256,153 @@ def test_prepare_writes_what_data_reads_and_goes_on(
     assert read["classes"] == ["crow", "owl"]
     assert main(["data", "folder", f"data.path={birds}", "--json", "--sheet="]) == 0
     assert read["roles"] == json.loads(capfd.readouterr().out)["roles"]
+    assert [path.name for path in birds.parent.glob("out/.*")] == [".prepare.lock"]
+
+
+# --- a destination that is not finished -----------------------------------------------------------
+
+
+def write_directly(source: str, overrides: list[str], *, leave_out: int = 0) -> list[str]:
+    """What `amint prepare SOURCE out` would write, without Ray; gives all names of its plan."""
+    data = load_config(None, [f"data.source={source}", *overrides]).data
+    found, location = open_source(data), locate("out", "DEST")
+    outputs = plan_outputs(found, 256)
+    fingerprint = plan_fingerprint(found, data, outputs)
+    for output in outputs[leave_out:]:
+        write_output(found, data, output, location, fingerprint)
+    mark_finished(location, {})
+    return [output.name for output in outputs]
+
+
+def told(capfd: pytest.CaptureFixture[str]) -> str:
+    """The last line of what was said; nothing else was printed."""
+    out, err = capfd.readouterr()
+    assert out == ""
+    return err.splitlines()[-1]
+
+
+def test_what_is_not_finished_is_not_said_to_be_while_prepare_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (name,) = write_directly("digits", [], leave_out=1)
+    draft = tmp_path / f"out/.{name}.{'0' * 32}.tmp"
+    draft.touch()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [".prepare.lock"]
+        draft.touch()  # as a task does that is killed
+        raise RunError("no Ray today")
+
+    monkeypatch.setattr(prepare_data, "connect", fail)
+    assert main(["prepare", "digits", "out"]) == 1
+    assert told(capfd) == "amint: no Ray today"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".prepare.lock"]
+
+
+def test_a_second_prepare_to_one_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (name,) = write_directly("digits", [], leave_out=1)
+    draft = tmp_path / f"out/.{name}.{'0' * 32}.tmp"
+    draft.touch()
+    with FileLock(tmp_path / "out/.prepare.lock"):
+        assert main(["prepare", "digits", "out"]) == 2
+    assert "another call is writing to out; wait" in told(capfd)
+    assert draft.exists() and (tmp_path / "out/prepared.json").exists()
+
+
+def test_a_refusal_leaves_nothing_that_looks_finished(
+    birds: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_directly("folder", [f"data.path={birds}"])
+    arguments = ["prepare", "folder", "out", f"data.path={birds}", "--json"]
+    assert main(arguments) == 2
+    assert "2 of 73 cannot be used, more than data.max_bad_fraction = 0.001" in told(capfd)
+    assert not (birds.parent / "out/prepared.json").exists()
+    for command in (["train", "digits", "data.source=parquet"], ["data", "parquet"]):
+        assert main([*command, "data.path=out"]) == 2
+        assert "`amint prepare`" in told(capfd)
+    assert main([*arguments, "data.max_bad_fraction=0.05"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    stored = json.loads((birds.parent / "out/prepared.json").read_text())
+    assert stored == {key: value for key, value in document.items() if key != "seconds"}
+    assert main(["data", "parquet", "data.path=out", "--sheet="]) == 0
+
+
+def test_an_unreadable_file_weighs_as_much_as_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    write_images(tmp_path / "images", 100)
+    cells = [{"bytes": p.read_bytes(), "path": None} for p in (tmp_path / "images").iterdir()]
+    table = pa.table({"image": cells, "label": [0] * 100})
+    for name in ("a", "b"):
+        pq.write_table(table, tmp_path / f"hub/{name}.parquet")
+    whole = (tmp_path / "hub/b.parquet").read_bytes()
+    (tmp_path / "hub/b.parquet").write_bytes(whole[:-20])
+    write_directly("parquet", ["data.path=hub"])
+    for allowed in (0.001, 0.4):
+        limit = f"data.max_bad_fraction={allowed}"
+        run = ["train", "digits", "data.source=parquet", "data.path=hub"]
+        for command in (["prepare", "parquet", "out", "data.path=hub"], run):
+            assert main([*command, limit]) == 2
+            text = told(capfd)
+            assert "0 of 100" in text and "1 whole file" in text and "b.parquet" in text
+            assert f"data.max_bad_fraction = {allowed:g} allows" in text
+    arguments = ["prepare", "parquet", "out", "data.path=hub", "data.max_bad_fraction=0.6"]
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["count"] == 100
+    assert [row["sample_id"] for row in document["quarantined"]] == ["b.parquet"]
+    assert main(["data", "parquet", "data.path=out", "--sheet="]) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_prepare_that_is_interrupted_midway_is_told_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    cells = []
+    for shade in range(0, 240, 10):  # small files that take long to decode
+        path = tmp_path / f"{shade}.png"
+        Image.new("RGB", (2000, 2000), (shade, 255 - shade, 40)).save(path)
+        cells.append({"bytes": path.read_bytes(), "path": None})
+    table = pa.table({"image": cells * 10, "label": [i % 3 for i in range(240)]})
+    pq.write_table(table, tmp_path / "hub/train.parquet", row_group_size=6)
+
+    def prepare(destination: str) -> Command:
+        arguments = ["prepare", "parquet", destination, "data.path=hub", "--file-mib=1e-6"]
+        return Command(tmp_path, [*arguments, "--json"])
+
+    def files() -> list[Path]:
+        return sorted(tmp_path.glob("out/*.parquet"))
+
+    first = prepare("out")
+    first.wait_until(lambda: len(files()) >= 3)
+    first.interrupt(signal.SIGINT)
+    assert first.wait() == 130, first.stderr
+    assert first.leftovers() == []
+    some = {path.name: path.stat().st_mtime_ns for path in files()}
+    assert 3 <= len(some) < 40
+    assert [path.name for path in tmp_path.glob("out/.*")] == [".prepare.lock"]
+    assert not (tmp_path / "out/prepared.json").exists()
+    for command in (["train", "digits", "data.source=parquet"], ["data", "parquet"]):
+        assert main([*command, "data.path=out"]) == 2
+        text = told(capfd)
+        assert f"{len(some)} of the 40 files train-…-of-00040.parquet are there" in text
+        assert "finish `amint prepare`" in text
+    document = prepare("out").document()
+    assert document["resumed"] == len(some) and document["files"] == 40
+    assert {n: t for n, t in ((p.name, p.stat().st_mtime_ns) for p in files()) if n in some} == some
+    undisturbed = prepare("whole").document()
+    for key in ("resumed", "destination", "seconds"):
+        document.pop(key), undisturbed.pop(key)
+    assert document == undisturbed and document["count"] == 240
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("whole/*.parquet")}
+    assert {path.name: path.read_bytes() for path in files()} == whole
+    assert main(["data", "parquet", "data.path=out", "--sheet="]) == 0

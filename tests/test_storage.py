@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -269,8 +270,7 @@ def test_a_silent_server_is_noticed(
 def test_a_server_that_falls_silent_is_noticed(
     bucket: Bucket, silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amint_ray.storage.s3._ATTEMPTS", 1)
-    handler = locate(bucket.uri(), KEY, seconds=1).filesystem.handler
+    handler = locate(bucket.uri(), KEY, seconds=1, attempts=1).filesystem.handler
     stuck = Location("", fs.PyFileSystem(replace(handler, endpoint=silent)), bucket.name)
     for use in (list_files, partial(open_input, relative="y")):
         begun = time.monotonic()
@@ -400,6 +400,13 @@ def test_nothing_shows_before_the_end_of_a_write(place: Location) -> None:
         assert not exists(place, "a/b.bin")
         assert list_files(place) == []
     assert [(entry.name, entry.size) for entry in list_files(place)] == [("a/b.bin", 9 * 2**20)]
+
+
+def test_a_draft_tells_whose_it_is(tmp_path: Path) -> None:
+    with write_atomically(locate(str(tmp_path), KEY), "a/b.bin"):
+        (draft,) = (tmp_path / "a").iterdir()
+        assert re.fullmatch(r"\.b\.bin\.[0-9a-f]{32}\.tmp", draft.name)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.bin"]
 
 
 def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:

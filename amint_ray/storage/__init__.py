@@ -3,10 +3,13 @@
 from amint_ray.storage.locations import (
     FileEntry,
     Location,
+    check_writable,
+    delete,
     exists,
     list_files,
     locate,
     open_input,
+    without_secrets,
     writable_folder,
     write_atomically,
 )
@@ -14,10 +17,13 @@ from amint_ray.storage.locations import (
 __all__ = [
     "FileEntry",
     "Location",
+    "check_writable",
+    "delete",
     "exists",
     "list_files",
     "locate",
     "open_input",
+    "without_secrets",
     "writable_folder",
     "write_atomically",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -32,6 +33,16 @@ class Location:
     filesystem: fs.FileSystem
     path: str
 
+    @property
+    def remote(self) -> bool:
+        """Whether it is on object storage."""
+        return _objects(self) is not None
+
+    def below(self, relative: str) -> Location:
+        """The location of what lies in it under this name, with `/`."""
+        uri = f"{self.uri.rstrip('/')}/{relative}"
+        return Location(uri, self.filesystem, _below(self, relative))
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -50,7 +61,7 @@ class FileEntry:
     version: str
 
 
-def locate(uri: str, key: str, *, seconds: float = 30.0) -> Location:
+def locate(uri: str, key: str, *, seconds: float = 30.0, attempts: int = 3) -> Location:
     """The place that an address names; for S3 the bucket is asked whether it can be listed.
 
     A local path need not exist, neither must a prefix.
@@ -60,7 +71,8 @@ def locate(uri: str, key: str, *, seconds: float = 30.0) -> Location:
             `s3://bucket/prefix`. Another S3 server than Amazon's is named by AWS_ENDPOINT_URL.
         key: the configuration key or argument that set it, for errors.
         seconds: how long a server may keep silent, before this gives up and before whatever is done
-            with the location later tries again, which it does twice.
+            with the location later tries again.
+        attempts: how often that is tried in all, at growing intervals of up to 20 s.
 
     Raises:
         UserError: the address means nothing, or S3 does not let us in.
@@ -74,10 +86,10 @@ def locate(uri: str, key: str, *, seconds: float = 30.0) -> Location:
         if scheme[1] not in (None, "s3"):
             raise AddressError("cannot be reached; write a local path or s3://BUCKET/PREFIX")
         bucket, prefix = _bucket_and_prefix(uri)
-        objects = open_bucket(bucket, prefix, seconds=seconds)
+        objects = open_bucket(bucket, prefix, seconds=seconds, attempts=attempts)
         return Location(uri, fs.PyFileSystem(objects), f"{bucket}/{prefix}".rstrip("/"))
     except AddressError as error:
-        raise UserError(f"{key} = {_without_secrets(uri)!r}: {error}") from None
+        raise UserError(f"{key} = {without_secrets(uri)!r}: {error}") from None
 
 
 def exists(location: Location, relative: str = "") -> bool:
@@ -145,7 +157,7 @@ def write_atomically(location: Location, relative: str) -> Iterator[IO[bytes]]:
         return
     final = Path(target)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -153,6 +165,40 @@ def write_atomically(location: Location, relative: str) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def delete(location: Location, relative: str) -> None:
+    """Remove one file; does nothing where there is none.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        location.filesystem.delete_file(_below(location, relative))
+
+
+def check_writable(location: Location, key: str) -> None:
+    """Write something and remove it again, before work is done that could not be kept.
+
+    Args:
+        location: a folder, which need not exist, or a prefix.
+        key: the configuration key that set it, for the error.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    if not location.remote:
+        writable_folder(location.path, key)
+        return
+    probe = f".amint-probe-{uuid.uuid4().hex}"
+    try:
+        with write_atomically(location, probe) as file:
+            file.write(b"probe")
+        delete(location, probe)
+    except OSError as error:
+        raise UserError(
+            f"{key} = {without_secrets(location.uri)!r}: cannot be written to: {first_line(error)}"
+        ) from error
 
 
 def writable_folder(path: str | Path, key: str) -> Path:
@@ -204,7 +250,7 @@ def _bucket_and_prefix(uri: str) -> tuple[str, str]:
     return bucket, prefix
 
 
-def _without_secrets(uri: str) -> str:
+def without_secrets(uri: str) -> str:
     """The address without what other tools let one write into it: `KEY:SECRET@` and `?options`."""
     if "://" not in uri:
         return uri

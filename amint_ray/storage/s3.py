@@ -20,7 +20,6 @@ from pyarrow import fs
 
 from amint_ray.contracts import first_line
 
-_ATTEMPTS = 3
 _SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _REFUSED = f"{{server}} refused the credentials; {_SET_KEYS}"
 _UNREACHED = "no server was reached at {server}; start it, or correct AWS_ENDPOINT_URL"
@@ -69,11 +68,13 @@ class Objects(fs.FileSystemHandler):  # type: ignore[misc]
         endpoint: the server's address; None: Amazon's.
         region: of the bucket.
         seconds: how long the server may keep silent before a request is tried again.
+        attempts: how often a request is tried, at growing intervals of up to 20 s.
     """
 
     endpoint: str | None
     region: str
     seconds: float
+    attempts: int
 
     get_file_info = _delegated("get_file_info")
     get_file_info_selector = _delegated("get_file_info")
@@ -83,7 +84,8 @@ class Objects(fs.FileSystemHandler):  # type: ignore[misc]
     open_append_stream = _delegated("open_append_stream", compression=None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Objects, (self.endpoint, self.region, self.seconds)  # and not the clients
+        # and not the clients
+        return Objects, (self.endpoint, self.region, self.seconds, self.attempts)
 
     @cached_property
     def filesystem(self) -> fs.S3FileSystem:
@@ -95,13 +97,13 @@ class Objects(fs.FileSystemHandler):  # type: ignore[misc]
             region=self.region,
             connect_timeout=self.seconds,
             request_timeout=self.seconds,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=self.attempts),
             tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE"),
         )
 
     @cached_property
     def _client(self) -> Any:
-        return _client(self.seconds, _ATTEMPTS, endpoint=self.endpoint, region=self.region)
+        return _client(self.seconds, self.attempts, endpoint=self.endpoint, region=self.region)
 
     @contextmanager
     def client(self, path: str) -> Iterator[tuple[Any, dict[str, str]]]:
@@ -177,8 +179,14 @@ class Objects(fs.FileSystemHandler):  # type: ignore[misc]
         return [found for found in answer.get("Contents", []) if found["Key"] == place["Key"]]
 
 
-def open_bucket(bucket: str, prefix: str, *, seconds: float) -> Objects:
+def open_bucket(bucket: str, prefix: str, *, seconds: float, attempts: int) -> Objects:
     """What reads and writes a bucket, once it has shown that it can be listed.
+
+    Args:
+        bucket: its name.
+        prefix: to be listed.
+        seconds: in which an answer must come.
+        attempts: of each later request.
 
     Raises:
         AddressError: it cannot.
@@ -200,6 +208,7 @@ def open_bucket(bucket: str, prefix: str, *, seconds: float) -> Objects:
         endpoint=None if _is_amazon(endpoint) else endpoint,
         region=headers.get("x-amz-bucket-region") or client.meta.region_name or "us-east-1",
         seconds=seconds,
+        attempts=attempts,
     )
     try:
         objects.filesystem.get_file_info(bucket)
