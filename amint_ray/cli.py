@@ -54,11 +54,32 @@ class _RecipeCommand(click.Command):
 @cli.command(cls=_RecipeCommand)
 @click.argument("recipe")
 @_OVERRIDES
+@click.option("--resume", metavar="RUN", help="Go on with this run of storage.path.")
+@click.option(
+    "--force-resume", is_flag=True, help="Even if what does not touch the weights differs."
+)
+@click.option("--new", is_flag=True, help="Begin anew even if such a run was cut off.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--verbose", is_flag=True, help="Let Ray and MLflow talk, and show tracebacks.")
-def train(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool) -> None:
-    """Train an audited classifier with its MINT head, measure it, register it."""
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    force_resume: bool,
+    new: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Train an audited classifier with its MINT head, measure it, register it.
+
+    Where a run of the same configuration was cut off, it goes on from its last checkpoint.
+    """
     from amint_ray.config.load import load_config
+
+    if new and resume is not None:
+        raise UserError("--new and --resume contradict each other; give one of them")
+    if force_resume and resume is None:
+        raise UserError("--force-resume needs --resume=RUN")
 
     config = load_config(recipe, overrides)
     with _results_only(verbose=verbose) as stdout:
@@ -66,11 +87,16 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose: bool)
 
         display = open_display(_raise_if_stopped, plain=verbose)
         display.phase("starting")
-        from amint_ray.launch.train_run import run_training  # torch and timm: seconds
+        from amint_ray.launch.train_run import Resume, run_training  # torch and timm: seconds
 
         imported = _seconds_since_process_start()
         try:
-            document = run_training(config, display, verbose=verbose)
+            document = run_training(
+                config,
+                display,
+                resume=Resume(run_name=resume, force=force_resume, never=new),
+                verbose=verbose,
+            )
         finally:
             display.close()
         document["seconds"] = {"import": imported, **document["seconds"]}

@@ -76,6 +76,31 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+HARMLESS = (
+    "data.confounder_check",
+    "data.max_bad_fraction",
+    "data.memory_gib",
+    "data.path",
+    "data.readers",
+    "data.timeout_seconds",
+    "evaluation",
+    "train.checkpoint_every",
+    "train.checkpoint_steps",
+)
+"""Keys and sections that do not touch the weights: a run that goes on may have them otherwise."""
+ELSEWHERE = ("cluster", "storage", "tracking")
+"""Sections that say where a run is computed and kept."""
+
+
+def training_fingerprint(config: Config) -> str:
+    """16 hex digits over everything that can change the weights."""
+    values = config.model_dump(mode="json", exclude=set(ELSEWHERE))
+    for key in HARMLESS:
+        section, _, name = key.partition(".")
+        values[section].pop(name) if name else values.pop(section)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _read_yaml(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
     """A recipe or file as a tree, on top of what it extends.
 

@@ -175,25 +175,38 @@ class Evaluation(Section):
     """A rate with fewer expected false positives in `test` than this is not reported."""
 
 
+Workers = Annotated[int, Field(ge=1)]
+
+
 class Cluster(Section):
     """Where the workers run."""
 
     address: str | None = None
     """`host:port` of a running Ray cluster; by default RAY_ADDRESS, and without it a cluster of
     this machine alone that ends with the run."""
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Training processes; by default one a GPU, and without GPUs one a core up to two."""
+    workers: Workers | tuple[Workers, Workers] | None = None
+    """Training processes; by default one a GPU, and without GPUs one a core up to two. Two numbers,
+    `[1, 3]`: as many as there is room for, fewer when a node is lost, more when it comes back."""
     cpus_per_worker: Annotated[float, Field(ge=0.01)] = 1
     """Cores that Ray reserves for one worker."""
-    max_failures: Annotated[int, Field(ge=0)] = 1
-    """How often the run starts again from its last checkpoint when a worker dies."""
+    max_failures: Annotated[int, Field(ge=-1)] = 8
+    """How often the run starts again from its last checkpoint when a worker or a node dies; −1:
+    always."""
+    wait_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """How long a cluster that has too few cores or GPUs, or is still growing, is waited for."""
 
 
 class Storage(Section):
     """Where checkpoints go."""
 
     path: Annotated[str, Field(min_length=1)] = "amint_runs"
-    """Folder of the runs' checkpoints, one sub-folder a run; it must be one that all nodes see."""
+    """Folder of the runs' checkpoints, one sub-folder a run: one that all nodes see, or
+    `s3://bucket/prefix`."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints that are kept: the last ones. A second one is there in case that the last is
+    damaged."""
+    keep_best: Literal["calibration/task_loss", "calibration/task_accuracy"] | None = None
+    """Keep those that are best in this, and the last one. The model registered is the last."""
 
 
 class Tracking(Section):

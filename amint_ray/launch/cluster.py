@@ -58,8 +58,10 @@ def local_cores() -> int:
         return os.cpu_count() or 1
 
 
-def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tuple[int, bool]:
-    """How many workers, and whether each has a GPU.
+def plan_workers(
+    config: Cluster, *, rows: int, cores: float, gpus: float
+) -> tuple[int | tuple[int, int], bool]:
+    """How many workers, or (fewest, most), and whether each has a GPU.
 
     Args:
         config: what is asked for.
@@ -73,7 +75,14 @@ def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tu
     use_gpu = gpus >= 1
     room = int(cores / config.cpus_per_worker)
     room = min(room, int(gpus)) if use_gpu else room
-    wanted = config.workers or max(1, min(rows, room if use_gpu else min(2, room)))
+    by_default = max(1, min(rows, room if use_gpu else min(2, room)))
+    wanted, most = (
+        config.workers
+        if isinstance(config.workers, tuple)
+        else (config.workers or by_default, None)
+    )
+    if most is not None and wanted > most:
+        raise UserError(f"cluster.workers = [{wanted}, {most}]: the first must be the smaller one")
     if wanted > room:
         raise UserError(
             f"cluster.workers = {wanted}: the cluster has {cores:g} cores and {gpus:g} GPUs, room "
@@ -86,7 +95,7 @@ def plan_workers(config: Cluster, *, rows: int, cores: float, gpus: float) -> tu
             f"(train.batch_size / train.accumulate has enough for {rows}); ask for fewer workers, "
             "a larger batch or a smaller train.accumulate"
         )
-    return wanted, use_gpu
+    return (wanted if most is None else (wanted, min(most, rows))), use_gpu
 
 
 @contextlib.contextmanager

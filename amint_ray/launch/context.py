@@ -12,7 +12,9 @@ import ray.train
 import ray.train.torch
 import torch
 
+from amint_ray.contracts import first_line
 from amint_ray.launch.progress import Sender
+from amint_ray.train.state import DamagedCheckpointError, check_checkpoint
 
 
 class RayContext:
@@ -31,21 +33,40 @@ class RayContext:
             self._sender.send(event)
 
     def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
-        """Commit a checkpoint to the run's storage; returns when it is there, on every rank."""
+        """Write a checkpoint to the local disk and have it brought to storage meanwhile.
+
+        It counts once all of it is there. A second one waits for the first.
+        """
         if self.rank != 0:
             ray.train.report(dict(metrics))
             return
-        with tempfile.TemporaryDirectory(prefix="amint-checkpoint-") as folder:
-            write_checkpoint(Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(dict(metrics), checkpoint=checkpoint)
+        folder = tempfile.mkdtemp(prefix="amint-checkpoint-")
+        write_checkpoint(Path(folder))
+        ray.train.report(
+            dict(metrics),
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The newest committed checkpoint of this run; fetched to this node if it is elsewhere."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        """The newest checkpoint of this run that is whole; fetched if it is not on this node."""
+        newest = ray.train.get_checkpoint()
+        if newest is None:
             yield None
             return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        reported = [found.checkpoint for found in ray.train.get_all_reported_checkpoints()]
+        for checkpoint in [newest, *(c for c in reversed(reported) if c.path != newest.path)]:
+            with contextlib.ExitStack() as stack:
+                try:
+                    folder = Path(stack.enter_context(checkpoint.as_directory()))
+                    check_checkpoint(folder)
+                except (DamagedCheckpointError, OSError) as error:
+                    name = checkpoint.path.rpartition("/")[2]
+                    text = f"{name} cannot be used: {first_line(error)}; the one before it is taken"
+                    self.progress({"phase": "notice", "text": text})
+                    continue
+                yield folder
+                return
+        raise DamagedCheckpointError("none of the run's checkpoints can be used")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,14 @@ import numpy.typing as npt
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
-from amint_ray.data.index import Index, IndexFolder, Rows
+from amint_ray.data.index import Index, Rows
+from amint_ray.data.index_folder import IndexFolder
 from amint_ray.data.memory import choose_mode, load_memory
 from amint_ray.data.quarantine import check_quarantine
 from amint_ray.data.reading import read_plain
 from amint_ray.data.sources import Source, count, open_source
 from amint_ray.launch.cluster import local_cores
+from amint_ray.storage import Location, open_input, write_atomically
 
 _MOST_COMPARED, _MOST_READ, _MOST_BYTES = 4000, 1000, 256 * 2**20
 """Images of a role for the confounder check: in memory; read anew; and what they may take."""
@@ -85,13 +85,13 @@ def load_here(config: Config, source: Source, watcher: Watcher) -> Dataset:
     return _checked(config, Dataset(source, index, images), watcher)
 
 
-def index_on_ray(config: Config, source: Source, root: Path, watcher: Watcher) -> Dataset:
+def index_on_ray(config: Config, source: Source, storage: Location, watcher: Watcher) -> Dataset:
     """Look at every image once, on all of the cluster; what an earlier run saw is used again.
 
     Args:
         config: the whole configuration.
         source: to be indexed.
-        root: folder that all nodes see.
+        storage: where all nodes can keep what they find.
         watcher: is told how far it is.
 
     Raises:
@@ -101,11 +101,11 @@ def index_on_ray(config: Config, source: Source, root: Path, watcher: Watcher) -
     import ray
 
     watcher.phase(f"indexing {count(source):,} images")
-    folder = IndexFolder(root, source, config.data)
+    folder = IndexFolder(storage, source, config.data)
     examine = ray.remote(num_cpus=1)(IndexFolder.write)
     shared = [ray.put(value) for value in (folder, source, config.data)]
     waiting = {
-        examine.remote(shared[0], chunk, *shared[1:]): folder.rows(chunk, source)
+        examine.remote(shared[0], chunk, *shared[1:]): folder.rows(chunk)
         for chunk in folder.missing()
     }
     total, done = count(source), count(source) - sum(waiting.values())
@@ -141,6 +141,8 @@ def _checked(config: Config, dataset: Dataset, watcher: Watcher) -> Dataset:
         )
     if used < len(names):
         watcher.notice(f"data: {len(names) - used:,} of {len(names):,} classes have no image")
+    for note in dataset.index.notes:
+        watcher.notice(f"data: {note}")
     if overlap := dataset.index.overlap:
         watcher.notice(
             f"data: {overlap:,} images of data.external are in the pool, too, and are left out"
@@ -149,7 +151,7 @@ def _checked(config: Config, dataset: Dataset, watcher: Watcher) -> Dataset:
 
 
 def confounders(
-    config: Config, dataset: Dataset, root: Path, watcher: Watcher
+    config: Config, dataset: Dataset, storage: Location, watcher: Watcher
 ) -> dict[str, Any] | None:
     """Whether a classifier that never sees the model tells the roles apart; warns if so.
 
@@ -159,7 +161,7 @@ def confounders(
     Args:
         config: the whole configuration.
         dataset: images with roles.
-        root: folder of the indexes.
+        storage: where the indexes are kept.
         watcher: is told how far it is, and what was found.
 
     Returns:
@@ -168,16 +170,13 @@ def confounders(
     if not config.data.confounder_check:
         return None
     roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.loss.lambda_mint > 0 else [])
-    kept = _kept_file(config, dataset, roles, root) if dataset.images is None else None
-    if kept is not None and kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text())
-    else:
+    kept = _kept_as(config, dataset, roles) if dataset.images is None else None
+    found = None if kept is None else _read_kept(storage, kept)
+    if found is None:
         found = _look_for_confounders(config, dataset, roles, watcher)
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            draft = kept.with_name(f".{kept.name}-{uuid.uuid4().hex}")
-            draft.write_text(json.dumps(found))
-            draft.replace(kept)
+            with write_atomically(storage, kept) as file:
+                file.write(json.dumps(found).encode())
     for name, comparison in found["comparisons"].items():
         if comparison["confounded"]:
             auc = comparison["auc"]
@@ -197,21 +196,32 @@ def _look_for_confounders(
     rows = dataset.index.rows()
     images = {}
     for role in roles:
-        watcher.phase(f"reading {role} images to look for confounders")
+        if dataset.images is None:
+            watcher.phase(f"reading {role} images to look for confounders")
         images[role] = sample_images(config, dataset, rows, role, watcher)
     watcher.phase("looking for confounders")
     return check_confounders(images, confidence=config.evaluation.confidence)
 
 
-def _kept_file(config: Config, dataset: Dataset, roles: Sequence[Role], root: Path) -> Path:
-    """Where the answer for this split is kept: named by all that it depends on."""
+def _read_kept(storage: Location, name: str) -> dict[str, Any] | None:
+    """What was found before; None where there is nothing that can be read."""
+    try:
+        with open_input(storage, name) as file:
+            found: dict[str, Any] = json.loads(file.read())
+            return found
+    except (OSError, ValueError):
+        return None
+
+
+def _kept_as(config: Config, dataset: Dataset, roles: Sequence[Role]) -> str:
+    """Under which name the answer for this split is kept: it has in it all that it depends on."""
     views = config.data.model_dump(include={"image_size", "crop_pct", "channels", "split_seed"})
     asked = [
         *(_CONFOUNDERS_VERSION, dataset.index.manifest.fingerprint, sorted(views.items())),
         *(roles, config.evaluation.confidence),
     ]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
-    return root / "confounders" / f"{key}.json"
+    return f"confounders/{key}.json"
 
 
 def sample_images(

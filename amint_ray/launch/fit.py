@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from amint_ray.config.schema import Storage
 from amint_ray.contracts import RunError, Watcher
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.progress import Receiver
@@ -32,12 +33,18 @@ class Fitted:
         seconds: of `workers` (started and stopped), `train` and `evaluate`.
         steps_per_second: median over the epochs.
         lost: images that could not be read when their turn came: the reason by sample id.
+        workers: how many there were at the end.
     """
 
     checkpoint: ray.train.Checkpoint
     seconds: dict[str, float]
     steps_per_second: float
     lost: dict[str, str]
+    workers: int
+
+
+class DivergedError(RunError):
+    """A loss that is not finite; the same run would end in it again."""
 
 
 def fit(
@@ -46,7 +53,7 @@ def fit(
     opening: Future[RunLog],
     watcher: Watcher,
     *,
-    workers: int,
+    workers: int | tuple[int, int],
     use_gpu: bool,
 ) -> Fitted:
     """Train on `workers` processes.
@@ -57,13 +64,13 @@ def fit(
             share it.
         opening: the MLflow run, perhaps still on its way; gets each epoch's metrics.
         watcher: gets the loop's news.
-        workers: how many.
+        workers: how many; (fewest, most) where their number may change in mid-run.
         use_gpu: whether each has one.
 
     Raises:
         RunError: the training failed for good.
     """
-    config = prepared.config
+    config, storage = prepared.config, prepared.storage
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -80,12 +87,14 @@ def fit(
         ),
         run_config=ray.train.RunConfig(
             name=prepared.run_name,
-            storage_path=str(prepared.storage),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem if storage.remote else None,
+            checkpoint_config=_checkpoint_config(config.storage),
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    watcher.phase(f"starting {workers} worker{'s' if workers > 1 else ''}")
+    number = workers if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
+    watcher.phase(f"starting {number} worker{'' if number == 1 else 's'}")
     called = time.time()
     running = _InThread(trainer.fit)
     logged = _follow(running, Receiver(prepared.run_name), opening, watcher)
@@ -93,9 +102,11 @@ def fit(
     result = running.result()
     home = result.return_value
     if "failed" in home:
-        raise RunError(f"training failed: {home['failed']}")
-    for entry in home["history"][logged:]:
-        opening.result().log_epoch(entry)
+        kind = DivergedError if home["diverged"] else RunError
+        raise kind(f"training failed: {home['failed']}")
+    for entry in home["history"]:
+        if entry["epoch"] > logged:
+            opening.result().log_epoch(entry)
     seconds = home["seconds"]
     start_and_stop = home["entered"] - called + seconds["setup"] + returned - home["left"]
     return Fitted(
@@ -103,14 +114,19 @@ def fit(
         {"workers": start_and_stop, "train": seconds["train"], "evaluate": seconds["evaluate"]},
         statistics.median(entry["train/steps_per_second"] for entry in home["history"]),
         home["lost"],
+        home["workers"],
     )
 
 
 def _follow(
     running: _InThread, receiver: Receiver, opening: Future[RunLog], watcher: Watcher
 ) -> int:
-    """Pass the loop's news on until it ends; gives the last epoch that MLflow was told of."""
-    logged = 0
+    """Pass the loop's news on until it ends; gives the last epoch that MLflow was told of.
+
+    MLflow hears of each epoch once, also of one that was trained twice because what came of it the
+    first time was lost.
+    """
+    logged: int | None = None
     done = False
     while not done:
         watcher.heartbeat()
@@ -119,13 +135,30 @@ def _follow(
             opening.result()  # raises at once if the run could not be opened
         for event in receiver.poll():
             watcher.event(event)
+            if event["phase"] == "notice":
+                watcher.notice(event["text"])
             if event["phase"] == "epoch":
-                opening.result().log_epoch(event)
-                logged = event["epoch"]
+                if logged is None:
+                    logged = opening.result().last_epoch()
+                if event["epoch"] > logged:
+                    opening.result().log_epoch(event)
+                    logged = int(event["epoch"])
         if not done:
             time.sleep(_SECONDS_BETWEEN_POLLS)
     receiver.close()
-    return logged
+    return opening.result().last_epoch() if logged is None else logged
+
+
+def _checkpoint_config(storage: Storage) -> ray.train.CheckpointConfig:
+    """The last few, or the best few and the last."""
+    if storage.keep_best is None:
+        return ray.train.CheckpointConfig(num_to_keep=storage.keep)
+    better = "max" if storage.keep_best.endswith("accuracy") else "min"
+    return ray.train.CheckpointConfig(
+        num_to_keep=storage.keep,
+        checkpoint_score_attribute=storage.keep_best,
+        checkpoint_score_order=better,
+    )
 
 
 class _InThread(threading.Thread):

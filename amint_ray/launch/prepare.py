@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +16,16 @@ from amint_ray.data.orders import stream_count
 from amint_ray.data.transforms import Views
 from amint_ray.launch.cluster import address_of, check_address, local_cores, plan_workers
 from amint_ray.launch.dataset import Dataset, confounders
+from amint_ray.launch.runs import RunRecord
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.joint import Architecture, plan_architecture
-from amint_ray.storage import writable_folder
+from amint_ray.storage import Location, check_writable, locate
 from amint_ray.tracking.run_log import check_tracking, tracking_uri
 from amint_ray.train.flops import StepFlops, count_flops
 from amint_ray.train.update import create_update
+
+_STORAGE_ATTEMPTS = 9
+"""Of each request: with the pauses between them, storage may be away for a minute or two."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Prepared:
         confounders: what a blind classifier makes of the split; None: not asked.
         architecture: of the model.
         flops: of one global step.
-        storage: folder of all runs' checkpoints.
+        storage: of all runs' checkpoints.
         tracking_uri: of MLflow.
+        earlier: the run that this one goes on with, if it does.
     """
 
     config: Config
@@ -46,8 +50,9 @@ class Prepared:
     confounders: dict[str, Any] | None
     architecture: Architecture
     flops: StepFlops
-    storage: Path
+    storage: Location
     tracking_uri: str
+    earlier: RunRecord | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Checked:
     """What was found out without touching the data."""
 
     architecture: Architecture
-    storage: Path
+    storage: Location
     tracking_uri: str
 
 
@@ -66,7 +71,8 @@ def check(config: Config, watcher: Watcher) -> Checked:
         UserError: something was found wrong.
     """
     watcher.phase("checking the configuration")
-    storage = writable_folder(config.storage.path, "storage.path")
+    storage = locate(config.storage.path, "storage.path", attempts=_STORAGE_ATTEMPTS)
+    check_writable(storage, "storage.path")
     uri = tracking_uri()
     check_tracking(uri)
     # Two classes stand for any number: taps and head do not depend on it, and a wrong tap should
@@ -102,12 +108,33 @@ def check(config: Config, watcher: Watcher) -> Checked:
     return Checked(architecture, storage, uri)
 
 
-def prepare(config: Config, checked: Checked, dataset: Dataset, watcher: Watcher) -> Prepared:
+def prepare(
+    config: Config,
+    checked: Checked,
+    dataset: Dataset,
+    watcher: Watcher,
+    *,
+    earlier: RunRecord | None = None,
+) -> Prepared:
     """Whether the data can be trained and measured on, and what the run is made of.
 
+    Args:
+        config: the whole configuration, `data.mode` settled.
+        checked: what was found out before.
+        dataset: images with roles.
+        watcher: is told what goes on.
+        earlier: the run to go on with.
+
     Raises:
-        UserError: a role is missing, or has too few images.
+        UserError: a role is missing, or has too few images, or the earlier run had others.
     """
+    fingerprint = dataset.index.manifest.fingerprint
+    if earlier is not None and earlier.manifest_fingerprint != fingerprint:
+        raise UserError(
+            f"data: run {earlier.run_name} began on other images or roles (manifest "
+            f"{earlier.manifest_fingerprint[:12]}, now {fingerprint[:12]}); bring them back, or "
+            "start a new run with --new"
+        )
     check_roles(dataset.index.manifest, config)
     if "loss" in config.mint.inputs and (dataset.index.manifest.label < 0).any():
         raise UserError(
@@ -117,14 +144,19 @@ def prepare(config: Config, checked: Checked, dataset: Dataset, watcher: Watcher
     architecture = replace(checked.architecture, num_classes=len(dataset.index.class_names))
     return Prepared(
         config=config,
-        run_name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
+        run_name=_new_name(config) if earlier is None else earlier.run_name,
         dataset=dataset,
         confounders=confounders(config, dataset, checked.storage, watcher),
         architecture=architecture,
         flops=step_flops(config, architecture),
         storage=checked.storage,
         tracking_uri=checked.tracking_uri,
+        earlier=earlier,
     )
+
+
+def _new_name(config: Config) -> str:
+    return f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def readers_of(config: Config) -> int:

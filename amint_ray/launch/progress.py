@@ -25,9 +25,12 @@ class Sender:
         self._last_step = 0.0
 
     def send(self, event: Mapping[str, Any]) -> None:
-        """Publish an event: every `epoch`, of the others one now and then."""
+        """Publish an event: every `epoch` and `notice`, of the others one now and then."""
         if event["phase"] == "epoch":
             _put(f"{self._run}/epoch/{event['epoch']}", event)
+            return
+        if event["phase"] == "notice":
+            _put(f"{self._run}/notice/{time.time_ns()}", event)
             return
         now = time.monotonic()
         if event["phase"] == "train" and now - self._last_step < _SECONDS_BETWEEN_STEPS:
@@ -52,13 +55,19 @@ class Receiver:
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._epoch = 1
 
     def poll(self) -> Iterator[dict[str, Any]]:
-        """Epochs not yet seen, in order, then the latest other event."""
-        while (event := _take(f"{self._run}/epoch/{self._epoch}")) is not None:
-            self._epoch += 1
-            yield event
+        """Notices and epochs that came in since, in order, then the latest other event.
+
+        An epoch that was trained again, after a failure, comes again.
+        """
+        for kind in ("notice", "epoch"):
+            prefix = f"{self._run}/{kind}/"
+            listed = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
+            keys = [key.decode() for key in listed]
+            for key in sorted(keys, key=lambda key: int(key.rpartition("/")[2])):
+                if (event := _take(key)) is not None:
+                    yield event
         if (event := _take(f"{self._run}/now")) is not None:
             yield event
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,15 +26,42 @@ from amint_ray.launch.prepare import (
     share,
     worker_rows,
 )
+from amint_ray.launch.runs import (
+    RunRecord,
+    alive,
+    find_unfinished,
+    finish,
+    open_run,
+    resumed_config,
+)
+from amint_ray.storage import Location
 from amint_ray.tracking.run_log import RunLog, Status
 
 
-def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Resume:
+    """Which run to go on with.
+
+    Attributes:
+        run_name: this one; None: the newest of the same configuration whose driver died, if any.
+        force: let what does not touch the weights differ.
+        never: begin a new run in any case.
+    """
+
+    run_name: str | None = None
+    force: bool = False
+    never: bool = False
+
+
+def run_training(
+    config: Config, watcher: Watcher, *, resume: Resume = Resume(), verbose: bool = False
+) -> dict[str, Any]:
     """Train, measure, record and register.
 
     Args:
         config: the whole configuration.
         watcher: is told how far the run is.
+        resume: whether to go on with an earlier run.
         verbose: let Ray talk.
 
     Returns:
@@ -48,17 +76,23 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
     clock = Clock()
     with clock.phase("data"):
         checked = check(config, watcher)
+        asked, earlier = config, _earlier_run(config, checked.storage, watcher, resume)
+        if earlier is not None:
+            asked = Config.model_validate(earlier.asked)
+            config = resumed_config(config, earlier)
+            watcher.notice(f"going on with run {earlier.run_name}")
         config, source = find_source(config, watcher)
         prepared = None
         if config.data.mode == "memory":
-            prepared = prepare(config, checked, load_here(config, source, watcher), watcher)
+            dataset = load_here(config, source, watcher)
+            prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
     _import_meanwhile("mlflow", "amint_ray.launch.record")
     watcher.phase("starting Ray")
     with clock.around("ray", connect(address_of(config.cluster), verbose=verbose)) as cluster:
         if prepared is None:
             with clock.phase("data"):
                 dataset = index_on_ray(config, source, checked.storage, watcher)
-                prepared = prepare(config, checked, dataset, watcher)
+                prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
         smallest = smallest_step(prepared.dataset.index.manifest, config)
         workers, use_gpu = plan_workers(
             config.cluster,
@@ -66,41 +100,63 @@ def run_training(config: Config, watcher: Watcher, *, verbose: bool = False) -> 
             cores=cluster.get("CPU", 0),
             gpus=cluster.get("GPU", 0),
         )
-        prepared = settle_streams(prepared, workers)
-        with recording(prepared, watcher) as opening:
-            from amint_ray.launch.fit import fit
+        most = workers if isinstance(workers, int) else workers[1]
+        prepared = settle_streams(prepared, most)
+        with (
+            alive(asked, prepared.storage, prepared.run_name),
+            recording(prepared, asked, watcher) as opening,
+        ):
+            from amint_ray.launch.fit import DivergedError, fit
             from amint_ray.launch.record import record
 
             data, prepared = share(prepared)
-            fitted = fit(prepared, data, opening, watcher, workers=workers, use_gpu=use_gpu)
+            try:
+                fitted = fit(prepared, data, opening, watcher, workers=workers, use_gpu=use_gpu)
+            except DivergedError:
+                finish(asked, prepared.storage, prepared.run_name)  # it would end the same way
+                raise
             for phase, seconds in fitted.seconds.items():
                 clock.add(phase, seconds)
             watcher.phase("recording")
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
                 document = record(prepared, Path(folder), opening.result(), lost=fitted.lost)
+    finish(asked, prepared.storage, prepared.run_name)
     flops = {
         "joint_step": prepared.flops.joint,
         "task_step": prepared.flops.task,
         "ratio": prepared.flops.ratio,
         "per_second": prepared.flops.joint * fitted.steps_per_second,
     }
-    return {**document, "workers": workers, "flops": flops, "seconds": clock.seconds}
+    return {
+        **document,
+        "workers": fitted.workers,
+        "resumed": earlier is not None,
+        "flops": flops,
+        "seconds": clock.seconds,
+    }
+
+
+def _earlier_run(
+    config: Config, storage: Location, watcher: Watcher, resume: Resume
+) -> RunRecord | None:
+    if resume.run_name is not None:
+        return open_run(config, storage, resume.run_name, force=resume.force)
+    if resume.never:
+        return None
+    try:
+        return find_unfinished(config, storage, watcher)
+    except OSError as error:
+        raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error
 
 
 @contextmanager
-def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Future[RunLog]]:
+def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[Future[RunLog]]:
     """An MLflow run around the body, ended as what the body ended as.
 
     It is opened in a thread, since making a database takes seconds in which the workers start.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-    opening: Future[RunLog] = executor.submit(
-        RunLog,
-        prepared.tracking_uri,
-        prepared.config,
-        run_name=prepared.run_name,
-        tags=data_tags(prepared),
-    )
+    opening: Future[RunLog] = executor.submit(_open, prepared, asked)
     try:
         yield opening
         opening.result().end("FINISHED")
@@ -113,6 +169,27 @@ def recording(prepared: Prepared, watcher: Watcher) -> Iterator[Future[RunLog]]:
         raise
     finally:
         executor.shutdown(wait=False)
+
+
+def _open(prepared: Prepared, asked: Config) -> RunLog:
+    """The MLflow run; and, beside the checkpoints, what is needed to go on with it."""
+    earlier = prepared.earlier
+    log = RunLog(
+        prepared.tracking_uri,
+        prepared.config,
+        run_name=prepared.run_name,
+        tags=data_tags(prepared),
+        resume=None if earlier is None else earlier.mlflow_run_id,
+    )
+    if earlier is None or earlier.mlflow_run_id != log.run_id:
+        RunRecord(
+            run_name=prepared.run_name,
+            mlflow_run_id=log.run_id,
+            manifest_fingerprint=prepared.dataset.index.manifest.fingerprint,
+            asked=asked.model_dump(mode="json"),
+            settled=prepared.config.model_dump(mode="json"),
+        ).write(prepared.storage)
+    return log
 
 
 def data_tags(prepared: Prepared) -> dict[str, str]:

@@ -29,7 +29,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     entered = time.time()
     config: Config = arguments["config"]
     if (reason := given_up(arguments["run_name"])) is not None:
-        return {"failed": reason}
+        return {"failed": reason, "diverged": False}
     context = RayContext(arguments["run_name"])
     streams = open_streams(config, arguments["data"], context)
     try:
@@ -37,7 +37,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     except FloatingPointError as error:
         # Every rank sees the same sums and comes here. An exception would have Ray try again, to
         # the same end.
-        return {"failed": str(error)}
+        return {"failed": str(error), "diverged": True}
     except RunError as error:
         # This rank may be alone with it, and the others wait for it: only an exception ends them
         # all. The next try, which Ray will make, finds the word and ends.
@@ -54,6 +54,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "seconds": trained.seconds,
         "history": trained.history,
         "lost": trained.lost,
+        "workers": context.world_size,
     }
 
 

@@ -108,7 +108,27 @@ def _is_database(file: Path) -> bool:
 class RunLog:
     """An MLflow run. Only the driver writes to it."""
 
-    def __init__(self, uri: str, config: Config, *, run_name: str, tags: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        config: Config,
+        *,
+        run_name: str,
+        tags: Mapping[str, str],
+        resume: str | None = None,
+    ) -> None:
+        """Create the run, or open it again.
+
+        Args:
+            uri: of the server or database.
+            config: the whole configuration, which a new run is told.
+            run_name: its name.
+            tags: that a new run gets.
+            resume: id of the run to go on with; where it is gone, a new one takes its place.
+
+        Raises:
+            UserError: MLflow takes no run.
+        """
         import mlflow
 
         mlflow.set_tracking_uri(uri)
@@ -118,6 +138,8 @@ class RunLog:
                 self._client: MlflowClient = mlflow.MlflowClient(uri)
                 experiment = self._experiment(config.tracking.experiment)
             mlflow.set_experiment(experiment_id=experiment)  # where the model is logged, too
+            if resume is not None and self._reopen(resume):
+                return
             run = self._client.create_run(
                 experiment,
                 run_name=run_name,
@@ -140,6 +162,23 @@ class RunLog:
             raise UserError(
                 f"tracking: MLflow at {without_password(uri)} takes no run: {first_line(error)}"
             ) from error
+
+    def _reopen(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            deleted = self._client.get_run(run_id).info.lifecycle_stage != "active"
+        except MlflowException:
+            return False
+        if not deleted:
+            self.run_id = run_id
+            self._client.update_run(run_id, status="RUNNING")
+        return not deleted
+
+    def last_epoch(self) -> int:
+        """The last epoch that the run was told of; 0 where it was told of none."""
+        history = self._client.get_metric_history(self.run_id, "train/task_loss")
+        return max((point.step for point in history), default=0)
 
     def log_epoch(self, entry: Mapping[str, float]) -> None:
         """One epoch's metrics, at step = epoch."""

@@ -15,7 +15,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amint_ray.config.load import fingerprint
+from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, RunContext, ScoreTable, Streams
 from amint_ray.evaluation.scores import concatenate, score, write_scores
@@ -65,7 +65,7 @@ def train(
     state = create_state(config, architecture, streams.steps_per_epoch, context.device)
     with context.latest_checkpoint() as checkpoint:
         if checkpoint is not None:
-            state.load(checkpoint, config_fingerprint=fingerprint(config))
+            state.load(checkpoint, config_fingerprint=training_fingerprint(config))
             streams.note_lost(state.lost)
     model = _parallel(state.model, context)
     set_up = time.perf_counter()
@@ -298,14 +298,15 @@ def _gather(part: ScoreTable, context: RunContext) -> ScoreTable:
 def _writer(
     state: TrainState, config: Config, architecture: Architecture, scores: ScoreTable | None = None
 ) -> Callable[[Path], None]:
+    identity = {
+        "config_fingerprint": training_fingerprint(config),
+        "seeds": {"train": config.train.seed, "split": config.data.split_seed},
+    }
+
     def write(folder: Path) -> None:
-        state.save(
-            folder,
-            config_fingerprint=fingerprint(config),
-            architecture=architecture.to_json(),
-        )
         if scores is not None:
             write_scores(scores, folder / SCORES)
+        state.save(folder, identity=identity, architecture=architecture.to_json())
 
     return write
 

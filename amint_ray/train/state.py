@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ from amint_ray.train.objective import Objective
 from amint_ray.train.update import Update
 
 WEIGHTS, UPDATE, STATE = "model.safetensors", "update.pt", "state.json"
+_READ_BYTES = 1 << 20
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that is not whole; its text says what is wrong with it."""
 
 
 @dataclass
@@ -41,8 +48,14 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
 
-    def save(self, folder: Path, *, config_fingerprint: str, architecture: str) -> None:
-        """Write a checkpoint into an empty folder."""
+    def save(self, folder: Path, *, identity: Mapping[str, Any], architecture: str) -> None:
+        """Write a checkpoint beside whatever the folder holds, its description last.
+
+        Args:
+            folder: where to.
+            identity: `config_fingerprint`, and what else tells which run it is of.
+            architecture: of the model, as JSON.
+        """
         save_weights(self.model, folder / WEIGHTS)
         torch.save(self.update.state_dict(), folder / UPDATE)
         description: dict[str, Any] = {
@@ -52,8 +65,9 @@ class TrainState:
             "history": self.history,
             "lost": self.lost,
             "objective": self.objective.state_dict(),
-            "config_fingerprint": config_fingerprint,
+            **identity,
             "architecture": json.loads(architecture),
+            "files": {file.name: _file_check(file) for file in sorted(folder.iterdir())},
         }
         (folder / STATE).write_text(json.dumps(description, indent=2))
 
@@ -76,6 +90,32 @@ class TrainState:
         self.epoch, self.history = description["epoch"], description["history"]
         self.step, self.sums = description["step"], description["sums"]
         self.lost = description["lost"]
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Whether all files that a checkpoint's description names are there as they were written.
+
+    Raises:
+        DamagedCheckpointError: not so.
+    """
+    try:
+        files = json.loads((folder / STATE).read_text())["files"]
+        for name, written in files.items():
+            if _file_check(folder / name) != written:
+                raise DamagedCheckpointError(f"{name} is not as it was written")
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{Path(error.filename).name} is missing") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise DamagedCheckpointError(f"{STATE} is damaged") from error
+
+
+def _file_check(file: Path) -> list[int]:
+    """A file's bytes and CRC-32, which is enough against accidents and costs little."""
+    crc = 0
+    with file.open("rb") as opened:
+        while piece := opened.read(_READ_BYTES):
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -21,7 +21,7 @@ from training_setup import (
     streams_of,
 )
 
-from amint_ray.config.load import fingerprint
+from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config, Loss
 from amint_ray.evaluation.scores import read_scores
 from amint_ray.train.loop import SCORES, LocalContext, Trained, epoch_metrics, train
@@ -117,7 +117,7 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     assert last is not None
     assert {p.name for p in last.iterdir()} == {WEIGHTS, UPDATE, STATE, SCORES}
     state = fresh_state(config)
-    state.load(last, config_fingerprint=fingerprint(config))
+    state.load(last, config_fingerprint=training_fingerprint(config))
     assert state.epoch == 3
     assert state.history == trained.history
     assert_same_weights(state.model.state_dict(), trained.model.state_dict())
@@ -134,9 +134,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     config = config_of(CONVNEXT, train={"epochs": 1})
     _run(config, LocalContext(tmp_path))
     other = config_of(CONVNEXT, train={"epochs": 1, "lr": 2e-2})
-    with pytest.raises(ValueError, match=fingerprint(config)) as raised:
+    with pytest.raises(ValueError, match=training_fingerprint(config)) as raised:
         _run(other, LocalContext(tmp_path))
-    assert fingerprint(other) in str(raised.value)
+    assert training_fingerprint(other) in str(raised.value)
 
 
 def test_epoch_metrics_are_means_over_the_rows() -> None:
