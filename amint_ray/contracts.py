@@ -224,12 +224,15 @@ class RunContext(Protocol):
     def progress(self, event: Mapping[str, Any]) -> None:
         """Tell whoever watches where the run is. Cheap; may be dropped."""
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
         """Commit a checkpoint. Every rank calls this; rank 0's `write_checkpoint` fills a folder.
 
         Args:
             metrics: numbers to keep beside the checkpoint.
             write_checkpoint: called on rank 0 with an empty folder.
+
+        Returns:
+            False where the checkpoint could not be written; the run may go on without it.
         """
 
     def latest_checkpoint(self) -> AbstractContextManager[Path | None]:

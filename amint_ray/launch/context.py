@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,22 +34,33 @@ class RayContext:
         if self.rank == 0:
             self._sender.send(event)
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
         """Write a checkpoint to the local disk and have it brought to storage meanwhile.
 
         It counts once all of it is there. A second one waits for the first.
         """
         if self.rank != 0:
             ray.train.report(dict(metrics))
-            return
+            return True
         folder = tempfile.mkdtemp(prefix="amint-checkpoint-")
-        write_checkpoint(Path(folder))
+        try:
+            write_checkpoint(Path(folder))
+        except OSError as error:  # a full disk, mostly: no reason to lose what was trained
+            shutil.rmtree(folder, ignore_errors=True)
+            text = (
+                f"WARNING: a checkpoint could not be written to {tempfile.gettempdir()} of "
+                f"{socket.gethostname()}: {first_line(error)}; make room there, or set TMPDIR"
+            )
+            self.progress({"phase": "notice", "text": text})
+            ray.train.report(dict(metrics))  # which the other ranks do, too
+            return False
         ray.train.report(
             dict(metrics),
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+        return True
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:

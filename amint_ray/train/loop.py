@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Batch, Role, RunContext, ScoreTable, Streams
+from amint_ray.contracts import Batch, Role, RunContext, RunError, ScoreTable, Streams
 from amint_ray.evaluation.scores import concatenate, score, write_scores
 from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
@@ -58,6 +58,7 @@ def train(
 
     Raises:
         FloatingPointError: a loss is no longer finite.
+        RunError: too many images were lost, or the last checkpoint could not be written.
     """
     started = time.perf_counter()
     if context.device.type == "cpu":
@@ -81,7 +82,8 @@ def train(
     scores = _gather(part, context)
     _share_lost(state, streams)
     evaluated = time.perf_counter()
-    context.report(state.history[-1], _writer(state, config, architecture, scores))
+    if not context.report(state.history[-1], _writer(state, config, architecture, scores)):
+        raise RunError("the last checkpoint, with the trained model, could not be written")
     assert isinstance(state.model, AuditedModel)
     return Trained(
         model=state.model,
@@ -327,12 +329,13 @@ class LocalContext:
         """Keep the event."""
         self.events.append(dict(event))
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
         """Write the checkpoint beside its place and move it there whole."""
         self._count += 1
         draft = Path(tempfile.mkdtemp(dir=self._folder, prefix="draft_"))
         write_checkpoint(draft)
         draft.rename(self._folder / f"checkpoint_{self._count:06d}")
+        return True
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:

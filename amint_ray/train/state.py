@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from amint_ray.contracts import first_line
 from amint_ray.train.objective import Objective
 from amint_ray.train.update import Update
 
@@ -55,9 +57,15 @@ class TrainState:
             folder: where to.
             identity: `config_fingerprint`, and what else tells which run it is of.
             architecture: of the model, as JSON.
+
+        Raises:
+            OSError: the disk is full, for instance.
         """
-        save_weights(self.model, folder / WEIGHTS)
-        torch.save(self.update.state_dict(), folder / UPDATE)
+        try:
+            save_weights(self.model, folder / WEIGHTS)
+            torch.save(self.update.state_dict(), folder / UPDATE)
+        except (RuntimeError, SafetensorError) as error:  # what the two make of a failed write
+            raise OSError(f"{folder} cannot be written to: {first_line(error)}") from error
         description: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,

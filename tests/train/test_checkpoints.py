@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,13 @@ from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config, Loss
 from amint_ray.evaluation.scores import read_scores
 from amint_ray.train.loop import SCORES, LocalContext, Trained, epoch_metrics, train
-from amint_ray.train.state import STATE, UPDATE, WEIGHTS
+from amint_ray.train.state import (
+    STATE,
+    UPDATE,
+    WEIGHTS,
+    DamagedCheckpointError,
+    check_checkpoint,
+)
 
 RATE = "train/steps_per_second"
 
@@ -128,6 +136,64 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     again = LocalContext(tmp_path)
     assert _history(_run(config, again)) == _history(trained)
     assert [event["phase"] for event in again.events] == ["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes(b"cut"),
+            f"{WEIGHTS} is not as it was written",
+        ),
+        (lambda folder: (folder / UPDATE).unlink(), f"{UPDATE} is missing"),
+        (lambda folder: (folder / STATE).unlink(), f"{STATE} is missing"),
+        (lambda folder: (folder / STATE).write_text('{"epoch": 3'), f"{STATE} is damaged"),
+        (lambda folder: flip_a_bit(folder / UPDATE), f"{UPDATE} is not as it was written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_known_as_such(
+    spoil: Callable[[Path], object], reason: str, tmp_path: Path
+) -> None:
+    context = LocalContext(tmp_path)
+    _run(config_of(CONVNEXT, train={"epochs": 1}), context)
+    with context.latest_checkpoint() as last:
+        assert last is not None
+        check_checkpoint(last)
+        spoil(last)
+        with pytest.raises(DamagedCheckpointError, match=reason):
+            check_checkpoint(last)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """Whatever the libraries that write make of it."""
+    code = (
+        "import resource, sys\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "from pathlib import Path\n"
+        "from training_setup import CONVNEXT, config_of, fresh_state\n"
+        "state = fresh_state(config_of(CONVNEXT))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))\n"
+        "try:\n"
+        "    state.save(Path(sys.argv[2]), identity={}, architecture='{}')\n"
+        "except OSError as error:\n"
+        "    print('OSError:', error)\n"
+    )
+    said = []
+    for size in (1_000, 126_000):  # in the beginning and the end of the weights
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(size), str(folder)], capture_output=True, text=True
+        )
+        assert done.stdout.startswith("OSError: "), done.stderr
+        said.append(sorted(file.name for file in folder.iterdir()))
+    assert STATE not in said[0] + said[1]
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:

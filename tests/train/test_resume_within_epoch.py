@@ -99,12 +99,13 @@ class DiesAfter(LocalContext):
         self._at, self._later = {"epoch": epoch, "step": step}, later
         self._left: int | None = None
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
         super().report(metrics, write_checkpoint)
         if self._at == metrics:
             if not self._later:
                 raise ConnectionError("the worker died")
             self._left = self._later
+        return True
 
     def progress(self, event: Mapping[str, Any]) -> None:
         super().progress(event)
@@ -203,7 +204,7 @@ def test_a_run_stopped_within_an_epoch_ends_like_the_straight_one(
 
 def test_a_run_that_dies_behind_every_checkpoint_gets_there(tmp_path: Path) -> None:
     class Dies(LocalContext):
-        def report(self, metrics: Mapping[str, Any], write_checkpoint: Any) -> None:
+        def report(self, metrics: Mapping[str, Any], write_checkpoint: Any) -> bool:
             super().report(metrics, write_checkpoint)
             raise ConnectionError("again")
 

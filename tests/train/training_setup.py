@@ -197,10 +197,11 @@ class RankContext:
     def progress(self, event: Mapping[str, Any]) -> None:
         pass
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
+    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
         if self.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(self._folder)
+        return True
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
