@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from pyarrow.fs import FileSelector
 from ray.train.torch import TorchTrainer
 
 from amint_ray.config.schema import Storage
@@ -19,6 +21,7 @@ from amint_ray.contracts import RunError, Watcher
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.progress import Receiver
 from amint_ray.launch.worker import train_worker
+from amint_ray.storage import Location
 from amint_ray.tracking.run_log import RunLog
 
 _SECONDS_BETWEEN_POLLS = 0.2
@@ -104,6 +107,7 @@ def fit(
     if "failed" in home:
         kind = DivergedError if home["diverged"] else RunError
         raise kind(f"training failed: {home['failed']}")
+    _remove_orphans(storage.below(prepared.run_name), result)
     for entry in home["history"]:
         if entry["epoch"] > logged:
             opening.result().log_epoch(entry)
@@ -147,6 +151,16 @@ def _follow(
             time.sleep(_SECONDS_BETWEEN_POLLS)
     receiver.close()
     return opening.result().last_epoch() if logged is None else logged
+
+
+def _remove_orphans(run: Location, result: ray.train.Result) -> None:
+    """Delete what workers brought to storage and died before Ray Train knew of it."""
+    known = {checkpoint.path.rstrip("/") for checkpoint, _ in result.best_checkpoints or []}
+    known.add(result.checkpoint.path.rstrip("/"))
+    with contextlib.suppress(OSError):  # no reason to fail a run that is done
+        for info in run.filesystem.get_file_info(FileSelector(run.path)):
+            if info.base_name.startswith("checkpoint_2") and info.path not in known:
+                run.filesystem.delete_dir(info.path)
 
 
 def _checkpoint_config(storage: Storage) -> ray.train.CheckpointConfig:

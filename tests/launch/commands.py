@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Command:
     folder: Path
     arguments: list[str]
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables beside those of this process, but for another server's or cluster's address."""
 
     def __post_init__(self) -> None:
         environment = {
@@ -39,7 +41,7 @@ class Command:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "amint_ray.cli", *self.arguments],
                 cwd=self.folder,
-                env={**environment, "AMINT_TEST_MARK": self.mark},
+                env={**environment, **self.environment, "AMINT_TEST_MARK": self.mark},
                 stdout=out,
                 stderr=err,
                 start_new_session=True,  # so that a signal can go to the group, as Ctrl-C's does
