@@ -132,7 +132,7 @@ class Batches:
         told = int(self._told[step.d].sum()) + len(step.e) if with_head else 0
         membership = torch.cat([torch.ones(len(mine_d)), torch.zeros(len(mine_e))])
         return Batch(
-            images=to_model_input(torch.cat([task, others]), config.data),
+            images=to_model_input([task, others], config.data),
             labels=torch.from_numpy(label).to(device),
             n_task=len(mine_d),
             head_from=len(mine_d) if plain else 0,
@@ -227,7 +227,7 @@ class MemoryStreams:
         for start in range(0, len(mine), size):
             rows = mine[start : start + size]
             yield ScoreBatch(
-                images=to_model_input(self._pixels(rows), self._config.data),
+                images=to_model_input([self._pixels(rows)], self._config.data),
                 labels=torch.from_numpy(self._manifest.label[rows]),
                 sample_id=self._manifest.sample_id[rows],
                 role=self._manifest.role[rows],

@@ -159,7 +159,7 @@ class StreamedStreams:
                 continue
             positions = np.array(part.plain_slot)
             yield ScoreBatch(
-                images=to_model_input(part.plain.to(self._device), self._config.data),
+                images=to_model_input([part.plain.to(self._device)], self._config.data),
                 labels=torch.from_numpy(rows.label[positions].astype(np.int64)),
                 sample_id=np.array([part.names[slot] for slot in part.plain_slot], np.str_),
                 role=_ROLES[rows.role[positions]],
@@ -224,8 +224,8 @@ class StreamedStreams:
             step,
             mine_d[d],
             mine_e[e - len(mine_d)],
-            task=task[torch.from_numpy(d)].to(self._device),
-            others=of_head[torch.from_numpy(others)].to(self._device),
+            task=_rows(task, d).to(self._device),
+            others=_rows(of_head, others).to(self._device),
             label=self._plan.rows.label[position].astype(np.int64),
             sample_id=np.array([names[slot] for slot in order.tolist()], np.str_),
         )
@@ -235,6 +235,14 @@ class StreamedStreams:
             raise RunError(f"data: storage no longer answers: {part.broken}")
         if part.lost:
             self.note_lost(dict(part.lost))
+
+
+def _rows(images: torch.Tensor, wanted: Positions) -> torch.Tensor:
+    """Some rows in their order; a view where none is missing in between."""
+    first, last = (int(wanted[0]), int(wanted[-1])) if len(wanted) else (0, -1)
+    if last - first + 1 == len(wanted):
+        return images[first : last + 1]
+    return images[torch.from_numpy(wanted)]
 
 
 class _TrainReader(IterableDataset[Part]):

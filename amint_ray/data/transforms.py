@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,8 @@ _OPTIONS = {
     *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "interpolation", "auto_augment"),
     *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
 }
+
+_IN_CACHE = 1 << 20  # pixels
 
 
 class Views:
@@ -97,14 +100,26 @@ def crop_and_flip(images: torch.Tensor, *, shift: torch.Tensor, flip: torch.Tens
     return moved.reshape(images.shape) * inside[:, None]
 
 
-def to_model_input(images: torch.Tensor, config: Data) -> torch.Tensor:
+def to_model_input(images: Sequence[torch.Tensor], config: Data) -> torch.Tensor:
     """Scale bytes to [0, 1] and normalise, where the images are.
 
     Args:
-        images: (n, channels, height, width) uint8.
+        images: one or more (k, channels, height, width) uint8, on one device.
         config: tells mean and std.
 
     Returns:
-        (n, channels, height, width) float32.
+        (n, channels, height, width) float32, n being the sum of all k.
     """
-    return images.float().div_(255).sub_(config.mean).div_(config.std)
+    first = images[0]
+    step = len(first) or 1
+    if first.device.type == "cpu":
+        # A few at a time, which stay in the cache: each pass over all would go to memory.
+        step = max(1, _IN_CACHE // max(1, first[:1].numel()))
+    result = first.new_empty((sum(map(len, images)), *first.shape[1:]), dtype=torch.float32)
+    start = 0
+    for part in images:
+        for some in torch.split(part, step):
+            target = result[start : start + len(some)]
+            target.copy_(some).div_(255).sub_(config.mean).div_(config.std)
+            start += len(some)
+    return result

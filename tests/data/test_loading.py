@@ -249,7 +249,7 @@ def test_training_and_scoring_see_the_same_pixels() -> None:
 def test_transform_is_the_equation(mean: float, std: float) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
     config = make_config().data.model_copy(update={"mean": mean, "std": std})
-    got = to_model_input(pixels, config)
+    got = to_model_input([pixels], config)
     expected = (np.arange(256).reshape(4, 1, 8, 8) / 255 - mean) / std
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)

@@ -94,7 +94,7 @@ def test_worlds_that_do_not_divide_24_see_each_sample_once_too(world: int) -> No
 
 def test_rows_say_who_they_are() -> None:
     config = config_of(train=HALF)
-    pixels = to_model_input(SET.plain(config), config.data)
+    pixels = to_model_input([SET.plain(config)], config.data)
     at = {name: i for i, name in enumerate(SET.manifest.sample_id.tolist())}
     for batch in epochs_of(config, readers=2)[0]:
         d, e = d_and_e(batch)
