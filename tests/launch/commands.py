@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-SECONDS_AT_MOST = 240
+SECONDS_AT_MOST = 480
 
 
 @dataclass
