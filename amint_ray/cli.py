@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,8 +19,6 @@ import amint_ray
 from amint_ray.contracts import RunError, UserError, first_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from amint_ray.config.schema import Config
 
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
@@ -83,7 +80,7 @@ def train(
 
     config = load_config(recipe, overrides)
     with _results_only(verbose=verbose) as stdout:
-        from amint_ray.display import open_display, print_result
+        from amint_ray.display import open_display, print_document, print_result
 
         display = open_display(_raise_if_stopped, plain=verbose)
         display.phase("starting")
@@ -101,7 +98,7 @@ def train(
             display.close()
         document["seconds"] = {"import": imported, **document["seconds"]}
         document["seconds"]["total"] = _seconds_since_process_start()
-    _print(document, print_result, stdout, as_json=as_json)
+    print_document(document, print_result, stdout, as_json=as_json)
 
 
 @cli.command(cls=_RecipeCommand)
@@ -135,11 +132,11 @@ def taps(backbone: str, overrides: tuple[str, ...], every: bool, as_json: bool) 
         raise UserError("amint taps shows all placements; leave mint.taps out")
     own_size = "image_size" not in config.data.model_fields_set
     with _results_only(verbose=False) as stdout:
-        from amint_ray.display import print_taps
+        from amint_ray.display import print_document, print_taps
         from amint_ray.launch.describe_taps import describe_taps
 
         document = describe_taps(config, every=every, own_size=own_size)
-    _print(document, print_taps, stdout, as_json=as_json)
+    print_document(document, print_taps, stdout, as_json=as_json)
 
 
 @cli.command()
@@ -155,7 +152,7 @@ def data(source: str, overrides: tuple[str, ...], sheet: str, as_json: bool) -> 
     """
     config = _config_of_source(source, overrides)
     with _results_only(verbose=False) as stdout:
-        from amint_ray.display import open_display, print_data
+        from amint_ray.display import open_display, print_data, print_document
 
         display = open_display(_raise_if_stopped)
         try:
@@ -164,7 +161,7 @@ def data(source: str, overrides: tuple[str, ...], sheet: str, as_json: bool) -> 
             document = describe_data(config, Path(sheet) if sheet else None, display)
         finally:
             display.close()
-    _print(document, print_data, stdout, as_json=as_json)
+    print_document(document, print_data, stdout, as_json=as_json)
 
 
 @cli.command()
@@ -189,7 +186,7 @@ def prepare(
     """
     config = _config_of_source(source, overrides)
     with _results_only(verbose=verbose) as stdout:
-        from amint_ray.display import open_display, print_prepared
+        from amint_ray.display import open_display, print_document, print_prepared
 
         display = open_display(_raise_if_stopped, plain=verbose)
         try:
@@ -200,7 +197,64 @@ def prepare(
             )
         finally:
             display.close()
-    _print(document, print_prepared, stdout, as_json=as_json)
+    print_document(document, print_prepared, stdout, as_json=as_json)
+
+
+@cli.command()
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- train RECIPE [...]")
+@click.option("--address", metavar="URL", help="Of Ray's dashboard, such as http://HOST:8265.")
+@click.option("--name", metavar="ID", help="What Ray calls the job.")
+@click.option("--runtime-env", metavar="FILE", help="YAML, for instance infra/runtime_env.yaml.")
+@click.option("--no-wait", is_flag=True, help="Come back as soon as Ray has the job.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def submit(command: tuple[str, ...], no_wait: bool, as_json: bool, **options: Any) -> None:
+    """Run `amint train` as a job of a Ray cluster, follow its log, and end with its exit code.
+
+    For instance: amint submit -- train digits storage.path=s3://bucket/runs
+
+    Without --address, RAY_API_SERVER_ADDRESS, RAY_DASHBOARD or RAY_ADDRESS names the dashboard.
+    Ctrl-C stops the job; where only the terminal is lost, it goes on.
+    """
+    from amint_ray.display import print_document, print_job
+    from amint_ray.launch.submit_job import plan_job
+
+    job = plan_job(command, lambda w: train.make_context("amint train", w).params, **options)
+    with _results_only(verbose=False) as stdout:
+        try:
+            job.send()
+            _say(f"job {job.job_id} is sent", 0)
+            document = job.document() if no_wait else job.follow(_write_text)
+        except _Stopped as stopped:
+            if stopped.signum == signal.SIGHUP:
+                raise
+            document = {**job.stop(_write_text), "exit_code": 128 + stopped.signum}
+    print_document(document, print_job, stdout, as_json=as_json)
+    click.get_current_context().exit(document["exit_code"] or 0)
+
+
+@cli.command()
+@_OVERRIDES
+@click.option("--address", help="host:port of a Ray cluster, or http://HOST:8265.")
+@click.option("--runtime-env", metavar="FILE", help="YAML that jobs are to be sent with.")
+@click.option("--seconds", default=10.0, type=click.FloatRange(min=1), help="For each check.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def doctor(overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Look for what usually goes wrong before a cluster job does; exit code 1 if something is.
+
+    For instance: amint doctor storage.path=s3://bucket/runs data.path=s3://bucket/imagenet
+    """
+    with _results_only(verbose=False) as stdout:
+        from amint_ray.display import open_display, print_checks, print_document
+
+        display = open_display(_raise_if_stopped)
+        try:
+            from amint_ray.launch.doctor import diagnose
+
+            document = diagnose(overrides, display, **options)
+        finally:
+            display.close()
+    print_document(document, print_checks, stdout, as_json=as_json)
+    click.get_current_context().exit(0 if document["ok"] else 1)
 
 
 def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:
@@ -217,23 +271,6 @@ def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:
     if any(override.startswith("data.source=") for override in overrides):
         raise UserError(f"the source is {source!r} already; leave data.source out")
     return load_config(None, [f"data.source={source}", *overrides])
-
-
-def _print(
-    document: dict[str, Any],
-    show: Callable[[dict[str, Any], Console], None],
-    stdout: TextIO,
-    *,
-    as_json: bool,
-) -> None:
-    """The result, as JSON or for a person."""
-    if as_json:
-        json.dump(document, stdout, indent=2)
-        stdout.write("\n")
-        return
-    from rich.console import Console
-
-    show(document, Console(file=stdout, width=None if stdout.isatty() else 120))
 
 
 @contextlib.contextmanager
@@ -297,6 +334,10 @@ def _raise_if_stopped() -> None:
         raise _Stopped(_signals[0])
 
 
+def _write_text(text: str) -> None:
+    _write(text.encode())
+
+
 def _write(text: bytes) -> None:
     # Not print: the signal may have come in the middle of one. The terminal may be gone, too.
     with contextlib.suppress(OSError):
@@ -307,7 +348,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 where a run failed; 2 for a mistake of the user's; 128 + n for signal n.
+        0; 1 where a run failed; 2 for a mistake of the user's; 128 + n for signal n; the exit code
+        of a job that was followed.
     """
     _signals.clear()
     # SIGINT too: a shell script that starts us with & has it ignored, and Python would leave it so.
@@ -316,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(signum, _on_signal)
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        cli.main(args=arguments, prog_name="amint", standalone_mode=False)
+        code = cli.main(args=arguments, prog_name="amint", standalone_mode=False)
     except UserError as error:
         return _say(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -337,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
         return _say(f"unexpected: {what} (`--verbose` shows where)", 1)
     except _Stopped as stopped:
         return _say(f"stopped by {signal.Signals(stopped.signum).name}", 128 + stopped.signum)
-    return 0
+    return code if isinstance(code, int) else 0  # what a command gave to `exit`
 
 
 def _say(text: str, code: int) -> int:

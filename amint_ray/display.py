@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -159,6 +160,21 @@ def open_display(
     console = Console(stderr=True)
     live = console.is_terminal and not plain
     return LiveDisplay(console, heartbeat) if live else PlainDisplay(console, heartbeat)
+
+
+def print_document(
+    document: dict[str, Any],
+    show: Callable[[dict[str, Any], Console], None],
+    stdout: TextIO,
+    *,
+    as_json: bool,
+) -> None:
+    """A result, as JSON or for a person."""
+    if as_json:
+        json.dump(document, stdout, indent=2)
+        stdout.write("\n")
+        return
+    show(document, Console(file=stdout, width=None if stdout.isatty() else 120))
 
 
 def print_result(document: Mapping[str, Any], console: Console) -> None:
@@ -321,6 +337,30 @@ def print_prepared(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
     for reason, names in _by_reason(bad):
         console.print(f"  {reason}: {len(names):,}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_job(document: Mapping[str, Any], console: Console) -> None:
+    """What became of a Ray job."""
+    code = document["exit_code"]
+    state = document["status"] + ("" if code is None else f", exit code {code}")
+    text = f"job {document['job_id']}: {state}: {document['message']}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_checks(document: Mapping[str, Any], console: Console) -> None:
+    """One line a check."""
+    checks = document["checks"]
+    widths = [max(len(check[key]) for check in checks) for key in ("name", "where")]
+    for check in checks:
+        name, where = check["name"].ljust(widths[0]), check["where"].ljust(widths[1])
+        state = "ok   " if check["ok"] else "WRONG"
+        console.print(
+            f"{state}  {name}  {where}  {check['said']}",
+            style=None if check["ok"] else "bold red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 _REASONS_SHOWN = 10

@@ -138,7 +138,7 @@ import amint_ray.cli as cli
 class Swallows:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
-def run_training(config, watcher, verbose):
+def run_training(config, watcher, resume, verbose):
     Swallows()
     print("went on", file=sys.stderr)
     watcher.heartbeat()
