@@ -368,18 +368,24 @@ def main(argv: list[str] | None = None) -> int:
         context: Any = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
         return _say(f"{error.format_message()}{hint}", 2)
-    except RunError as error:
-        if "--verbose" in arguments:
-            traceback.print_exc()
-        return _say(str(error), 1)
     except Exception as error:
+        if _signals:  # compiled code of Ray's makes another error of what a signal raised
+            return _stopped_by(_signals[0])
+        if isinstance(error, RunError):
+            if "--verbose" in arguments:
+                traceback.print_exc()
+            return _say(str(error), 1)
         if "--verbose" in arguments:
             traceback.print_exc()
         what = f"{type(error).__name__}: {first_line(error)}"
         return _say(f"unexpected: {what} (`--verbose` shows where)", 1)
     except _Stopped as stopped:
-        return _say(f"stopped by {signal.Signals(stopped.signum).name}", 128 + stopped.signum)
+        return _stopped_by(stopped.signum)
     return code if isinstance(code, int) else 0  # what a command gave to `exit`
+
+
+def _stopped_by(signum: int) -> int:
+    return _say(f"stopped by {signal.Signals(signum).name}", 128 + signum)
 
 
 def _say(text: str, code: int) -> int:

@@ -160,8 +160,11 @@ def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[F
     try:
         yield opening
         opening.result().end("FINISHED")
-    except BaseException as error:
+    except BaseException as raised:
+        error = _stopped_by(watcher) or raised
         _mark(opening, "FAILED" if isinstance(error, Exception) else "KILLED", watcher)
+        if error is not raised:
+            raise error from raised
         if isinstance(error, Exception) and not isinstance(error, UserError | RunError):
             raise RunError(
                 f"the run failed: {type(error).__name__}: {first_line(error)}"
@@ -169,6 +172,15 @@ def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[F
         raise
     finally:
         executor.shutdown(wait=False)
+
+
+def _stopped_by(watcher: Watcher) -> BaseException | None:
+    """What a signal raised, where there was one: Ray's compiled code makes another error of it."""
+    try:
+        watcher.heartbeat()
+    except BaseException as stopped:
+        return stopped
+    return None
 
 
 def _open(prepared: Prepared, asked: Config) -> RunLog:
