@@ -65,8 +65,14 @@ class Command:
             raise
 
     def interrupt(self, signum: signal.Signals) -> None:
-        """Signal the whole process group, as a terminal does."""
-        os.killpg(self.process.pid, signum)
+        """Signal the whole process group, as a terminal does; SIGTERM comes to the process alone.
+
+        Sent to Ray's own processes, too, it makes Ray end its driver on the spot.
+        """
+        if signum == signal.SIGTERM:
+            os.kill(self.process.pid, signum)
+        else:
+            os.killpg(self.process.pid, signum)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS_AT_MOST
