@@ -192,8 +192,6 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 8
     """How often the run starts again from its last checkpoint when a worker or a node dies; −1:
     always."""
-    wait_minutes: Annotated[float, Field(gt=0)] = 5.0
-    """How long a cluster that has too few cores or GPUs, or is still growing, is waited for."""
 
 
 class Storage(Section):

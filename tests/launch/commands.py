@@ -65,14 +65,14 @@ class Command:
             raise
 
     def interrupt(self, signum: signal.Signals) -> None:
-        """Signal the whole process group, as a terminal does; SIGTERM comes to the process alone.
+        """SIGINT to the whole process group, as from a terminal; others to the process alone.
 
-        Sent to Ray's own processes, too, it makes Ray end its driver on the spot.
+        Ray's own processes block SIGINT; any other ends them, and then Ray ends its driver.
         """
-        if signum == signal.SIGTERM:
-            os.kill(self.process.pid, signum)
-        else:
+        if signum == signal.SIGINT:
             os.killpg(self.process.pid, signum)
+        else:
+            os.kill(self.process.pid, signum)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS_AT_MOST

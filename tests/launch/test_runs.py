@@ -1,0 +1,110 @@
+"""Which run a command goes on with, and what may differ then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from amint_ray.config.load import load_config
+from amint_ray.config.schema import Config
+from amint_ray.contracts import UserError
+from amint_ray.launch import runs
+from amint_ray.launch.runs import (
+    RunRecord,
+    alive,
+    find_unfinished,
+    finish,
+    open_run,
+    resumed_config,
+)
+from amint_ray.storage import Location, locate
+
+CONFIG = load_config("digits")
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def event(self, event: object) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+    def heartbeat(self) -> None: ...
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    monkeypatch.setattr(runs, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(runs, "_DEAD_AFTER", 0.4)
+    return locate(str(tmp_path), "test")
+
+
+def record(storage: Location, name: str = "digits-1", config: Config = CONFIG) -> RunRecord:
+    settled = config.model_copy(
+        update={"data": config.data.model_copy(update={"mode": "streamed", "streams": 48})}
+    )
+    made = RunRecord(
+        run_name=name,
+        mlflow_run_id="abc",
+        manifest_fingerprint="f" * 64,
+        asked=config.model_dump(mode="json"),
+        settled=settled.model_dump(mode="json"),
+    )
+    made.write(storage)
+    return made
+
+
+def test_only_a_run_whose_driver_died_is_found(storage: Location) -> None:
+    made = record(storage)
+    assert find_unfinished(CONFIG, storage, Silent()) is None
+    with alive(CONFIG, storage, made.run_name):
+        assert find_unfinished(CONFIG, storage, Silent()) is None
+    watcher = Silent()
+    assert find_unfinished(CONFIG, storage, watcher) == made
+    assert watcher.phases == ["looking whether digits-1 is still running"]
+    assert find_unfinished(load_config("digits", ["train.lr=0.5"]), storage, Silent()) is None
+    finish(CONFIG, storage, made.run_name)
+    assert find_unfinished(CONFIG, storage, Silent()) is None
+    assert not (Path(storage.path) / "unfinished").exists()
+
+
+def test_a_run_that_never_became_one_is_passed_over(storage: Location) -> None:
+    older = record(storage, "digits-1")
+    for name in ("digits-1", "digits-2"):  # the second has no record
+        with alive(CONFIG, storage, name):
+            pass
+    assert find_unfinished(CONFIG, storage, Silent()) == older
+    assert not list(Path(storage.path).rglob("digits-2.json"))
+
+
+def test_what_shapes_the_weights_cannot_change(storage: Location) -> None:
+    made = record(storage)
+    assert open_run(CONFIG, storage, "digits-1", force=False) == made
+    elsewhere = load_config("digits", ["cluster.workers=2", "storage.keep=5"])
+    assert open_run(elsewhere, storage, "digits-1", force=False) == made
+    other = load_config("digits", ["train.lr=0.5", "evaluation.batch_size=7"])
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"train\.lr = .*now 0\.5.*shapes the weights") as told:
+            open_run(other, storage, "digits-1", force=force)
+        assert "evaluation" not in str(told.value)
+    with pytest.raises(UserError, match="no such run"):
+        open_run(CONFIG, storage, "digits-9", force=False)
+    (Path(storage.path) / "digits-1/run.json").write_text('{"run_name": ')
+    with pytest.raises(UserError, match="damaged"):
+        open_run(CONFIG, storage, "digits-1", force=False)
+
+
+def test_what_does_not_touch_them_may_change_if_that_is_wanted(storage: Location) -> None:
+    made = record(storage)
+    other = load_config("digits", ["evaluation.batch_size=7", "train.checkpoint_every=3"])
+    with pytest.raises(UserError, match=r"evaluation\.batch_size.*--force-resume"):
+        open_run(other, storage, "digits-1", force=False)
+    config = resumed_config(other, open_run(other, storage, "digits-1", force=True))
+    assert (config.evaluation.batch_size, config.train.checkpoint_every) == (7, 3)
+    assert (config.data.mode, config.data.streams) == ("streamed", 48)
+    assert made.settled["evaluation"]["batch_size"] != 7
