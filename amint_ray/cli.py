@@ -10,13 +10,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 import amint_ray
 from amint_ray.contracts import RunError, UserError, first_line
+from amint_ray.signals import Stopped, install_handlers, raise_if_stopped, received, write
 
 if TYPE_CHECKING:
     from amint_ray.config.schema import Config
@@ -82,7 +82,7 @@ def train(
     with _results_only(verbose=verbose) as stdout:
         from amint_ray.display import open_display, print_document, print_result
 
-        display = open_display(_raise_if_stopped, plain=verbose)
+        display = open_display(raise_if_stopped, plain=verbose)
         display.phase("starting")
         from amint_ray.launch.train_run import Resume, run_training  # torch and timm: seconds
 
@@ -154,7 +154,7 @@ def data(source: str, overrides: tuple[str, ...], sheet: str, as_json: bool) -> 
     with _results_only(verbose=False) as stdout:
         from amint_ray.display import open_display, print_data, print_document
 
-        display = open_display(_raise_if_stopped)
+        display = open_display(raise_if_stopped)
         try:
             from amint_ray.launch.describe_data import describe_data
 
@@ -188,7 +188,7 @@ def prepare(
     with _results_only(verbose=verbose) as stdout:
         from amint_ray.display import open_display, print_document, print_prepared
 
-        display = open_display(_raise_if_stopped, plain=verbose)
+        display = open_display(raise_if_stopped, plain=verbose)
         try:
             from amint_ray.launch.prepare_data import prepare_data
 
@@ -223,11 +223,11 @@ def submit(command: tuple[str, ...], no_wait: bool, as_json: bool, **options: An
         try:
             job.send()
             _say(f"job {job.job_id} is sent", 0)
-            document = job.document() if no_wait else job.follow(_write_text)
-        except _Stopped as stopped:
+            document = job.document() if no_wait else job.follow(write)
+        except Stopped as stopped:
             if stopped.signum == signal.SIGHUP:
                 raise
-            document = {**job.stop(_write_text), "exit_code": 128 + stopped.signum}
+            document = {**job.stop(write), "exit_code": 128 + stopped.signum}
     print_document(document, print_job, stdout, as_json=as_json)
     click.get_current_context().exit(document["exit_code"] or 0)
 
@@ -246,7 +246,7 @@ def doctor(overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     with _results_only(verbose=False) as stdout:
         from amint_ray.display import open_display, print_checks, print_document
 
-        display = open_display(_raise_if_stopped)
+        display = open_display(raise_if_stopped)
         try:
             from amint_ray.launch.doctor import diagnose
 
@@ -304,46 +304,6 @@ def _seconds_since_process_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-class _Stopped(BaseException):
-    """A signal to stop; not an Exception, so that only clean-up code sees it pass."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_signals: list[int] = []
-
-
-def _on_signal(signum: int, frame: FrameType | None) -> None:
-    _signals.append(signum)
-    if len(_signals) == 1:
-        _write(b"amint: stopping\n")
-        raise _Stopped(signum)
-    # An impatient second Ctrl-C must not leave Ray's processes behind; a third means it.
-    if len(_signals) == 2:
-        _write(b"amint: still stopping; once more ends it now, and may leave processes behind\n")
-        return
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
-
-
-def _raise_if_stopped() -> None:
-    """Raise again what Python swallows if the signal came in a callback or a finaliser."""
-    if _signals:
-        raise _Stopped(_signals[0])
-
-
-def _write_text(text: str) -> None:
-    _write(text.encode())
-
-
-def _write(text: bytes) -> None:
-    # Not print: the signal may have come in the middle of one. The terminal may be gone, too.
-    with contextlib.suppress(OSError):
-        os.write(2, text)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -351,11 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 where a run failed; 2 for a mistake of the user's; 128 + n for signal n; the exit code
         of a job that was followed.
     """
-    _signals.clear()
-    # SIGINT too: a shell script that starts us with & has it ignored, and Python would leave it so.
-    for signum in _STOPPING:
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-            signal.signal(signum, _on_signal)
+    install_handlers()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = cli.main(args=arguments, prog_name="amint", standalone_mode=False)
@@ -369,8 +325,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f" (see `{context.command_path} --help`)" if context else ""
         return _say(f"{error.format_message()}{hint}", 2)
     except Exception as error:
-        if _signals:  # compiled code of Ray's makes another error of what a signal raised
-            return _stopped_by(_signals[0])
+        signum = received()
+        if signum is not None:  # compiled code of Ray's makes another error of what it raised
+            return _stopped_by(signum)
         if isinstance(error, RunError):
             if "--verbose" in arguments:
                 traceback.print_exc()
@@ -379,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         what = f"{type(error).__name__}: {first_line(error)}"
         return _say(f"unexpected: {what} (`--verbose` shows where)", 1)
-    except _Stopped as stopped:
+    except Stopped as stopped:
         return _stopped_by(stopped.signum)
     return code if isinstance(code, int) else 0  # what a command gave to `exit`
 

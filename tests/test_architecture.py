@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "tracking": {"contracts", "config", "storage", "model", "evaluation"},
     "audit": {"contracts", "config", "storage", "data", "evaluation", "tracking"},
     "display": {"contracts"},
+    "signals": set(),
 }
 ALL_BUT_SCREEN = {"launch", "__init__"}  # anything but cli and display
 ANYTHING = {"cli", "__main__"}
