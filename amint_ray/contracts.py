@@ -112,8 +112,8 @@ class ScoreBatch:
     Attributes:
         images: (n, channels, height, width), as the backbone takes them.
         labels: (n,) int64 class indices.
-        sample_id: (n,) the source's names.
-        role: (n,) `Role` values.
+        sample_id: (n,) the source's names; fewer where the last rows are there to fill up.
+        role: `Role` values, one a sample id.
     """
 
     images: torch.Tensor
@@ -224,12 +224,20 @@ class RunContext(Protocol):
     def progress(self, event: Mapping[str, Any]) -> None:
         """Tell whoever watches where the run is. Cheap; may be dropped."""
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        write_checkpoint: Callable[[Path], None],
+        *,
+        everywhere: bool = False,
+    ) -> bool:
         """Commit a checkpoint. Every rank calls this; rank 0's `write_checkpoint` fills a folder.
 
         Args:
             metrics: numbers to keep beside the checkpoint.
             write_checkpoint: called on rank 0 with an empty folder.
+            everywhere: call it on every rank, each with a folder of its own, all of which make one
+                checkpoint. It must then raise on every rank or on none.
 
         Returns:
             False where the checkpoint could not be written; the run may go on without it.

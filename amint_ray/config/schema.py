@@ -113,6 +113,15 @@ class Train(Section):
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches that one step's batch is computed in, to save memory. The update is the same,
     except that BatchNorm takes its statistics from the smaller batches."""
+    micro_batch: Annotated[int, Field(ge=2)] | None = None
+    """Largest number of images of D that one worker computes at a time: a step's batch is computed
+    in as many micro-batches as that takes, so that it stays the same when there are fewer workers.
+    null: `accumulate` alone decides."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker has the whole model. `fsdp`: every worker has its share of each block
+    (FSDP2) and of a checkpoint, for backbones that do not fit; scores and losses are the same."""
+    sync_batchnorm: bool = False
+    """BatchNorm takes its statistics over all workers' rows; then their number leaves no trace."""
     optimizer: Annotated[str, Field(min_length=1)] = "adam"
     """Any name of `timm.optim.list_optimizers()`."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
@@ -189,6 +198,8 @@ class Cluster(Section):
     `[1, 3]`: as many as there is room for, fewer when a node is lost, more when it comes back."""
     cpus_per_worker: Annotated[float, Field(ge=0.01)] = 1
     """Cores that Ray reserves for one worker."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """What workers exchange gradients by: `nccl` where they have GPUs, else `gloo`."""
     max_failures: Annotated[int, Field(ge=-1)] = 8
     """How often the run starts again from its last checkpoint when a worker or a node dies; −1:
     always."""
@@ -257,6 +268,10 @@ class Config(Section):
             raise ValueError(
                 f"train.accumulate = {self.train.accumulate} micro-batches cannot be made of "
                 f"train.batch_size = {self.train.batch_size} images"
+            )
+        if self.train.parallel == "fsdp" and self.train.compile:
+            raise ValueError(
+                "train.compile=true does not go with train.parallel=fsdp; set one of them otherwise"
             )
         return self
 

@@ -21,7 +21,8 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
 
     Args:
         model: returns (task logits, membership logits) for images and their labels.
-        batches: samples with evaluation transforms applied.
+        batches: samples with evaluation transforms applied; rows without a sample id are passed
+            through the model and forgotten.
         device: where the model is.
     """
     was_training = model.training
@@ -33,14 +34,15 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
         known = labels >= 0  # external images from elsewhere may have none
         loss = F.cross_entropy(logits.double(), labels.clamp(min=0), reduction="none")
         loss = loss.masked_fill(~known, torch.nan)
+        rows = len(batch.sample_id)
         parts.append(
             ScoreTable(
                 sample_id=batch.sample_id,
                 role=batch.role,
-                label=batch.labels.numpy(),
-                prediction=logits.argmax(1).cpu().numpy(),
-                task_loss=loss.cpu().numpy(),
-                mint_logit=membership.double().cpu().numpy(),
+                label=batch.labels[:rows].numpy(),
+                prediction=logits[:rows].argmax(1).cpu().numpy(),
+                task_loss=loss[:rows].cpu().numpy(),
+                mint_logit=membership[:rows].double().cpu().numpy(),
             )
         )
     model.train(was_training)

@@ -16,6 +16,7 @@ import torch
 
 from amint_ray.contracts import first_line
 from amint_ray.launch.progress import Sender
+from amint_ray.train.reduce import gather_lists
 from amint_ray.train.state import DamagedCheckpointError, check_checkpoint
 
 
@@ -34,12 +35,18 @@ class RayContext:
         if self.rank == 0:
             self._sender.send(event)
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        write_checkpoint: Callable[[Path], None],
+        *,
+        everywhere: bool = False,
+    ) -> bool:
         """Write a checkpoint to the local disk and have it brought to storage meanwhile.
 
         It counts once all of it is there. A second one waits for the first.
         """
-        if self.rank != 0:
+        if self.rank != 0 and not everywhere:
             ray.train.report(dict(metrics))
             return True
         folder = tempfile.mkdtemp(prefix="amint-checkpoint-")
@@ -72,12 +79,16 @@ class RayContext:
         reported = [found.checkpoint for found in ray.train.get_all_reported_checkpoints()]
         for checkpoint in [newest, *(c for c in reversed(reported) if c.path != newest.path)]:
             with contextlib.ExitStack() as stack:
+                folder, faults = None, []
                 try:
                     folder = Path(stack.enter_context(checkpoint.as_directory()))
                     check_checkpoint(folder)
                 except (DamagedCheckpointError, OSError) as error:
+                    faults = [first_line(error)]
+                # What one worker cannot read none may take: they must all go on from the same.
+                if faults := gather_lists(faults):
                     name = checkpoint.path.rpartition("/")[2]
-                    text = f"{name} cannot be used: {first_line(error)}; the one before it is taken"
+                    text = f"{name} cannot be used: {faults[0]}; the one before it is taken"
                     self.progress({"phase": "notice", "text": text})
                     continue
                 yield folder

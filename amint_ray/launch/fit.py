@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from pyarrow.fs import FileSelector
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from amint_ray.config.schema import Storage
 from amint_ray.contracts import RunError, Watcher
@@ -80,8 +80,12 @@ def fit(
             "config": config,
             "run_name": prepared.run_name,
             "architecture": prepared.architecture,
+            "manifest": prepared.dataset.index.manifest.fingerprint,
             "data": data,
         },
+        torch_config=TorchConfig(
+            backend=None if config.cluster.backend == "auto" else config.cluster.backend
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,

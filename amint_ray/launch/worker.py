@@ -21,7 +21,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Wire the loop to its data and its world.
 
     Args:
-        arguments: `config`, `architecture`, `run_name`, and `data` for `open_streams`.
+        arguments: `config`, `architecture`, `run_name`, `manifest` (its fingerprint), and `data`
+            for `open_streams`.
 
     Returns:
         The history, and when what happened, for the driver's clock; or `failed` and why.
@@ -33,7 +34,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     context = RayContext(arguments["run_name"])
     streams = open_streams(config, arguments["data"], context)
     try:
-        trained = train(config, arguments["architecture"], streams, context)
+        trained = train(
+            config, arguments["architecture"], streams, context, manifest=arguments["manifest"]
+        )
     except FloatingPointError as error:
         # Every rank sees the same sums and comes here. An exception would have Ray try again, to
         # the same end.

@@ -159,9 +159,24 @@ class AuditedModel(nn.Module):
 
     The head is initialised without advancing torch's random state, so the backbone's weights and
     all that is drawn after them are those of plain training with the same seed.
+
+    Args:
+        architecture: what to build.
+        pretrained: start from timm's published weights.
+        prepare: what is to be done with the backbone before it is tapped.
     """
 
-    def __init__(self, architecture: Architecture, *, pretrained: bool = False) -> None:
+    sharded = False
+    """Whether FSDP2 puts the blocks together as they run. Then a pass must go through to the end,
+    and what goes on behind the last tap must be no view, from which FSDP2's hooks could be lost."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        pretrained: bool = False,
+        prepare: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.architecture = architecture
         self.backbone = create_backbone(
@@ -171,6 +186,8 @@ class AuditedModel(nn.Module):
             options=architecture.options,
             pretrained=pretrained,
         )
+        if prepare is not None:
+            self.backbone = prepare(self.backbone)
         with torch.random.fork_rng(devices=[]):
             self.head = MintHead(architecture.head, architecture.taps, architecture.num_classes)
         self._taps = TapReader(self.backbone, [tap.name for tap in architecture.taps])
@@ -219,7 +236,7 @@ class AuditedModel(nn.Module):
             return self._forward_detached(images, labels, n_task, head_from)
         keep = n_task if self.architecture.exits_early else None
         gradients = self._gradients if torch.is_grad_enabled() else None
-        with self._taps.reading(keep, gradients=gradients) as activations:
+        with self._taps.reading(keep, gradients=gradients, copy=self.sharded) as activations:
             logits = self.backbone(images)
         if head_from:
             activations = [a[head_from:] for a in activations]
@@ -258,7 +275,8 @@ class AuditedModel(nn.Module):
         logits = None
         self.backbone.eval()
         try:
-            with self._taps.reading(stop=not self.architecture.head.inputs) as activations:
+            stop = not (self.architecture.head.inputs or self.sharded)
+            with self._taps.reading(stop=stop) as activations:
                 logits = self.backbone(images)
         finally:
             self.backbone.train()

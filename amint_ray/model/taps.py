@@ -48,7 +48,7 @@ class TapReader:
     """Forward hooks on the tapped modules; outside `reading` they change and keep nothing."""
 
     def __init__(self, backbone: nn.Module, names: Sequence[str]) -> None:
-        self._active = self._stop = False
+        self._active = self._stop = self._copy = False
         self._keep: int | None = None
         self._gradients: Callable[[int, torch.Tensor], None] | None = None
         self._names = tuple(names)
@@ -67,6 +67,7 @@ class TapReader:
         *,
         stop: bool = False,
         gradients: Callable[[int, torch.Tensor], None] | None = None,
+        copy: bool = False,
     ) -> Iterator[list[torch.Tensor]]:
         """Read the taps of the forward pass that runs within.
 
@@ -76,12 +77,14 @@ class TapReader:
             stop: end the pass after the last tap; nothing behind it is computed.
             gradients: called in the backward pass with what reaches the last tap: from the task
                 (0, gradient) and from the head (1, gradient).
+            copy: let a copy of the kept rows go on instead of a view of them.
 
         Yields:
             A list that is filled with the activations, in the order of the names, at the end.
         """
         activations: list[torch.Tensor] = []
         self._active, self._keep, self._stop, self._gradients = True, keep, stop, gradients
+        self._copy = copy
         try:
             # The pass that is stopped has done what it was asked for.
             with contextlib.suppress(_Stop):
@@ -106,6 +109,8 @@ class TapReader:
             goes_on = tapped(output)[: self._keep]
         else:
             return None
+        if self._copy:
+            goes_on = goes_on.clone()
         if not isinstance(output, tuple):
             return goes_on
         # What goes with the features, such as PiT's class tokens, leaves with them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
 import time
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
@@ -21,9 +21,11 @@ from amint_ray.contracts import Batch, Role, RunContext, RunError, ScoreTable, S
 from amint_ray.evaluation.scores import concatenate, score, write_scores
 from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
+from amint_ray.model.sync_norm import synchronise_norms
 from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.objective import Objective
-from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
+from amint_ray.train.parallel import in_step, replicate, shard
+from amint_ray.train.reduce import gather_lists, is_rank_zero, share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
 from amint_ray.train.update import create_update, uncompiled
@@ -37,7 +39,7 @@ class Trained:
     """What a rank brings home.
 
     Attributes:
-        model: the trained model, on the rank's device.
+        model: the trained model, on the rank's device; this rank's share of it where it is sharded.
         scores: of all samples, on rank 0; empty on the others.
         history: one entry an epoch.
         lost: images that some rank could not read when their turn came: the reason by sample id.
@@ -52,37 +54,63 @@ class Trained:
 
 
 def train(
-    config: Config, architecture: Architecture, streams: Streams, context: RunContext
+    config: Config,
+    architecture: Architecture,
+    streams: Streams,
+    context: RunContext,
+    *,
+    manifest: str | None = None,
 ) -> Trained:
     """Train, score every sample, and commit checkpoints on the way.
 
+    Args:
+        config: the whole configuration.
+        architecture: planned from it.
+        streams: this rank's data.
+        context: this rank's world.
+        manifest: fingerprint of the roles; a checkpoint under others is not taken.
+
     Raises:
         FloatingPointError: a loss is no longer finite.
+        ValueError: the newest checkpoint is of another configuration, or of other roles.
         RunError: too many images were lost, or the last checkpoint could not be written.
     """
     started = time.perf_counter()
     if context.device.type == "cpu":
         keep_freed_memory()
-    state = create_state(config, architecture, streams.steps_per_epoch, context.device)
+    state = create_state(
+        config,
+        architecture,
+        streams.steps_per_epoch,
+        context.device,
+        world_size=context.world_size,
+    )
+    identity = identity_of(config, manifest)
     with context.latest_checkpoint() as checkpoint:
         if checkpoint is not None:
-            state.load(checkpoint, config_fingerprint=training_fingerprint(config))
+            state.load(checkpoint, identity=identity)
             streams.note_lost(state.lost)
-    model = _parallel(state.model, context)
+    model = replicate(state.model, context)
+
+    def commit(metrics: Mapping[str, Any], scores: ScoreTable | None = None) -> bool:
+        write = functools.partial(_write, state, identity, architecture, scores)
+        return context.report(metrics, write, everywhere=state.sharded)
+
     set_up = time.perf_counter()
     while state.epoch < config.train.epochs:
-        _train_epoch(model, state, config, architecture, streams, context)
+        _train_epoch(model, state, config, streams, context, commit)
         done = state.epoch == config.train.epochs
         if not done and state.epoch % config.train.checkpoint_every == 0:
-            context.report(state.history[-1], _writer(state, config, architecture))
+            commit(state.history[-1])
     trained = time.perf_counter()
     context.progress({"phase": "evaluate"})
     with uncompiled():
-        part = score(state.model, streams.score_batches(list(Role)), context.device)
+        batches = in_step(streams.score_batches(list(Role)), state.model, context)
+        part = score(state.model, batches, context.device)
     scores = _gather(part, context)
     _share_lost(state, streams)
     evaluated = time.perf_counter()
-    if not context.report(state.history[-1], _writer(state, config, architecture, scores)):
+    if not commit(state.history[-1], scores):
         raise RunError("the last checkpoint, with the trained model, could not be written")
     assert isinstance(state.model, AuditedModel)
     return Trained(
@@ -99,11 +127,21 @@ def train(
 
 
 def create_state(
-    config: Config, architecture: Architecture, steps_per_epoch: int, device: torch.device
+    config: Config,
+    architecture: Architecture,
+    steps_per_epoch: int,
+    device: torch.device,
+    *,
+    world_size: int = 1,
 ) -> TrainState:
-    """A fresh model with its optimiser, drawn from `train.seed`."""
+    """A fresh model with its optimiser, drawn from `train.seed`; a share of it under `fsdp`."""
     torch.manual_seed(config.train.seed)
-    model = AuditedModel(architecture, pretrained=config.model.pretrained).to(device)
+    synchronised = config.train.sync_batchnorm and world_size > 1
+    model = AuditedModel(
+        architecture,
+        pretrained=config.model.pretrained,
+        prepare=functools.partial(synchronise_norms, device=device) if synchronised else None,
+    )
     objective = Objective(
         lambda_task=config.loss.lambda_task,
         lambda_mint=config.loss.lambda_mint,
@@ -120,29 +158,27 @@ def create_state(
         model.to(memory_format=torch.channels_last)
     if config.train.checkpoint_activations:
         checkpoint_blocks(model.backbone, [tap.name for tap in architecture.taps])
+    sharded = config.train.parallel == "fsdp"
+    if sharded and world_size > 1:
+        shard(model, device, world_size)
+    else:
+        model.to(device)
     if config.train.compile:
         model.compile()
-    update = create_update(model, config.train, steps_per_epoch)
+    rows = config.train.batch_size // world_size
+    update = create_update(model, config.train, steps_per_epoch, rows=rows)
     if architecture.detach and objective.uses_mint:
         update.clip_apart(model.backbone, model.head)
-    return TrainState(model, update, objective)
-
-
-def _parallel(model: nn.Module, context: RunContext) -> nn.Module:
-    if context.world_size == 1:
-        return model
-    return DistributedDataParallel(
-        model, device_ids=[context.device] if context.device.type == "cuda" else None
-    )
+    return TrainState(model, update, objective, sharded=sharded)
 
 
 def _train_epoch(
     model: nn.Module,
     state: TrainState,
     config: Config,
-    architecture: Architecture,
     streams: Streams,
     context: RunContext,
+    commit: Callable[[Mapping[str, Any]], bool],
 ) -> None:
     """One pass over D; adds its entry to the history."""
     _seed(state, config, context)
@@ -175,8 +211,7 @@ def _train_epoch(
             _share_lost(state, streams)
             state.step, state.sums, before = number, totals.tolist(), None
             share_buffers(state.model)
-            progress = {"epoch": state.epoch, "step": number}
-            context.report(progress, _writer(state, config, architecture))
+            commit({"epoch": state.epoch, "step": number})
             _seed(state, config, context)
     _check(before, config)
     share_buffers(state.model)
@@ -269,7 +304,8 @@ def _check(step: _Step | None, config: Config) -> None:
 
 def _monitor(model: nn.Module, streams: Streams, context: RunContext) -> dict[str, float]:
     """Means over `calibration`, to watch; `test` is looked at once, at the end."""
-    table = score(model, streams.score_batches([Role.CALIBRATION]), context.device)
+    batches = in_step(streams.score_batches([Role.CALIBRATION]), model, context)
+    table = score(model, batches, context.device)
     sums = torch.tensor(
         [
             table.task_loss.sum(),
@@ -297,20 +333,31 @@ def _gather(part: ScoreTable, context: RunContext) -> ScoreTable:
     return concatenate(parts or [])
 
 
-def _writer(
-    state: TrainState, config: Config, architecture: Architecture, scores: ScoreTable | None = None
-) -> Callable[[Path], None]:
-    identity = {
+def identity_of(config: Config, manifest: str | None) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it.
+
+    Random states need no more than the seeds: all are drawn anew at every checkpoint, from the
+    seed, the epoch and the step (`_seed`).
+    """
+    return {
         "config_fingerprint": training_fingerprint(config),
+        "manifest_fingerprint": manifest,
         "seeds": {"train": config.train.seed, "split": config.data.split_seed},
     }
 
-    def write(folder: Path) -> None:
-        if scores is not None:
-            write_scores(scores, folder / SCORES)
-        state.save(folder, identity=identity, architecture=architecture.to_json())
 
-    return write
+def _write(
+    state: TrainState,
+    identity: Mapping[str, Any],
+    architecture: Architecture,
+    scores: ScoreTable | None,
+    folder: Path,
+) -> None:
+    """Fill a folder with a checkpoint; the last one holds the scores, too."""
+    if scores is not None and is_rank_zero():
+        write_scores(scores, folder / SCORES)
+    final = scores is not None
+    state.save(folder, identity=identity, architecture=architecture.to_json(), final=final)
 
 
 class LocalContext:
@@ -329,7 +376,13 @@ class LocalContext:
         """Keep the event."""
         self.events.append(dict(event))
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        write_checkpoint: Callable[[Path], None],
+        *,
+        everywhere: bool = False,
+    ) -> bool:
         """Write the checkpoint beside its place and move it there whole."""
         self._count += 1
         draft = Path(tempfile.mkdtemp(dir=self._folder, prefix="draft_"))

@@ -8,6 +8,13 @@ import torch
 from torch import distributed, nn
 
 
+def is_rank_zero() -> bool:
+    """Whether this is the first worker, or the only one."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
+
+
 def sum_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The elementwise sum of every rank's `values`, and the number of ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):

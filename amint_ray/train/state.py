@@ -1,10 +1,14 @@
-"""Checkpoints: safetensors weights, an optimiser file, and a JSON that says what they are."""
+"""Checkpoints: weights, the optimiser's state, and a JSON that says what they are.
+
+Where each worker has the whole model, rank 0 writes safetensors and a file of the optimiser's.
+Where each has a share of it, each writes that (`train/shards.py`).
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from amint_ray.contracts import first_line
 from amint_ray.train.objective import Objective
+from amint_ray.train.reduce import gather_lists, is_rank_zero
+from amint_ray.train.shards import load_shards, save_shards
 from amint_ray.train.update import Update
 
-WEIGHTS, UPDATE, STATE = "model.safetensors", "update.pt", "state.json"
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 _READ_BYTES = 1 << 20
 
 
@@ -31,9 +38,10 @@ class TrainState:
     """Everything that moves during training.
 
     Attributes:
-        model: the bare `AuditedModel`, not DDP around it.
+        model: the bare `AuditedModel`, not DDP around it; FSDP2 works inside of it.
         update: optimiser, schedule and loss scale.
         objective: with its weighting.
+        sharded: whether every worker writes a share of a checkpoint.
         epoch: epochs done.
         step: steps done of the epoch that is under way.
         sums: what those steps summed up to, in the order of `train.step.SUMS`.
@@ -44,28 +52,37 @@ class TrainState:
     model: nn.Module
     update: Update
     objective: Objective
+    sharded: bool = False
     epoch: int = 0
     step: int = 0
     sums: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
 
-    def save(self, folder: Path, *, identity: Mapping[str, Any], architecture: str) -> None:
+    def save(
+        self, folder: Path, *, identity: Mapping[str, Any], architecture: str, final: bool = False
+    ) -> None:
         """Write a checkpoint beside whatever the folder holds, its description last.
+
+        Where the state is sharded, every worker calls this at the same time; else rank 0 does.
 
         Args:
             folder: where to.
             identity: `config_fingerprint`, and what else tells which run it is of.
             architecture: of the model, as JSON.
+            final: the run ends here; the weights are written whole in any case.
 
         Raises:
-            OSError: the disk is full, for instance.
+            OSError: the disk is full, for instance; every worker that calls raises it.
         """
-        try:
-            save_weights(self.model, folder / WEIGHTS)
-            torch.save(self.update.state_dict(), folder / UPDATE)
-        except (RuntimeError, SafetensorError) as error:  # what the two make of a failed write
-            raise OSError(f"{folder} cannot be written to: {first_line(error)}") from error
+        if not self.sharded:
+            _save_whole(self, folder)
+            checks = _file_checks(folder)
+        else:
+            save_shards(self.model, self.update.optimizer, folder)
+            if final:
+                _together(lambda: save_weights(self.model, folder / WEIGHTS))
+            checks = dict(gather_lists(list(_file_checks(folder).items())))
         description: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -73,27 +90,40 @@ class TrainState:
             "history": self.history,
             "lost": self.lost,
             "objective": self.objective.state_dict(),
+            "update": self.update.state_dict(),
             **identity,
             "architecture": json.loads(architecture),
-            "files": {file.name: _file_check(file) for file in sorted(folder.iterdir())},
+            "files": checks,
         }
-        (folder / STATE).write_text(json.dumps(description, indent=2))
+        text = json.dumps(description, indent=2)
+        if not self.sharded:
+            (folder / STATE).write_text(text)
+        else:
+            _together(lambda: (folder / STATE).write_text(text) if is_rank_zero() else None)
 
-    def load(self, folder: Path, *, config_fingerprint: str) -> None:
+    def load(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
 
+        Args:
+            folder: that `save` filled; under FSDP2 with every worker's files.
+            identity: as given to `save`.
+
         Raises:
-            ValueError: it was written under another configuration.
+            ValueError: it was written under another configuration, or for other roles.
         """
         description = json.loads((folder / STATE).read_text())
-        if description["config_fingerprint"] != config_fingerprint:
-            raise ValueError(
-                f"{folder}: checkpoint of configuration {description['config_fingerprint']}, "
-                f"this run has {config_fingerprint}"
-            )
-        self.model.load_state_dict(load_file(folder / WEIGHTS))
-        moving = torch.load(folder / UPDATE, weights_only=True, map_location="cpu")
-        self.update.load_state_dict(moving)
+        for name, here in identity.items():
+            if description[name] != here:
+                raise ValueError(
+                    f"{folder}: checkpoint with {name} {description[name]}, this run has {here}"
+                )
+        if self.sharded:
+            load_shards(self.model, self.update.optimizer, folder)
+        else:
+            self.model.load_state_dict(load_file(folder / WEIGHTS))
+            moments = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+            self.update.optimizer.load_state_dict(moments)
+        self.update.load_state_dict(description["update"])
         self.objective.load_state_dict(description["objective"])
         self.epoch, self.history = description["epoch"], description["history"]
         self.step, self.sums = description["step"], description["sums"]
@@ -126,6 +156,42 @@ def _file_check(file: Path) -> list[int]:
     return [file.stat().st_size, crc]
 
 
+def _file_checks(folder: Path) -> dict[str, list[int]]:
+    return {file.name: _file_check(file) for file in sorted(folder.iterdir())}
+
+
+def _save_whole(state: TrainState, folder: Path) -> None:
+    try:
+        save_weights(state.model, folder / WEIGHTS)
+        torch.save(state.update.optimizer.state_dict(), folder / OPTIMIZER)
+    except (RuntimeError, SafetensorError) as error:  # what the two make of a failed write
+        raise OSError(f"{folder} cannot be written to: {first_line(error)}") from error
+
+
+def _together(write: Callable[[], Any]) -> None:
+    """Do it on every worker; where it fails on one, it fails on all, and none waits for another.
+
+    Raises:
+        OSError: what the first one met.
+    """
+    failed = []
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        failed = [first_line(error)]
+    if failures := gather_lists(failed):
+        raise OSError(failures[0])
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """A model's weights and buffers as safetensors."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, path)
+    """A model's weights and buffers as safetensors, put together from all workers' shares.
+
+    Every worker that has a share must call this; rank 0 writes.
+    """
+    whole = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if is_rank_zero():
+            whole[name] = value.detach().cpu().contiguous()
+    if is_rank_zero():
+        save_file(whole, path)

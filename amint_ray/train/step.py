@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from amint_ray.contracts import Batch
 from amint_ray.model.blocks import frozen_statistics
 from amint_ray.train.objective import Objective
+from amint_ray.train.parallel import ranks_meet
 from amint_ray.train.reduce import sum_over_ranks
 from amint_ray.train.update import Update, uncompiled
 
@@ -27,7 +27,7 @@ def train_step(
     """One update of M⁺ = (w, θ) on one joint batch.
 
     Args:
-        model: `AuditedModel`, or DDP around one.
+        model: `AuditedModel`, sharded or not, or DDP around one.
         batch: this rank's rows; none behind `n_task` where λ₂ = 0.
         objective: weighs the two losses.
         update: optimiser, precision and the like.
@@ -41,7 +41,7 @@ def train_step(
         objective.start(_mean_losses(_measure(model, parts, update)))
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=batch.images.device)
     for part in parts:
-        with _ranks_meet(model, part is parts[-1]):
+        with ranks_meet(model, last=part is parts[-1]):
             with update.autocast():
                 loss, part_sums = forward(model, part, objective)
             update.backward(loss)
@@ -134,11 +134,3 @@ def _mean_losses(sums: torch.Tensor) -> torch.Tensor:
     task_loss, _, task_rows, mint_loss, told_rows = sums
     rows = torch.stack([task_rows, told_rows]).clamp_min(1)  # none is left where all were lost
     return (torch.stack([task_loss, mint_loss]) / rows).float()
-
-
-def _ranks_meet(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Ranks exchange gradients once a step, after its last micro-batch."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    skip: contextlib.AbstractContextManager[None] = model.no_sync()
-    return skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -102,16 +103,11 @@ class Update:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that moves."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "done": self._done,
-        }
+        """What moves beside the optimiser's own state, as plain numbers."""
+        return {"scaler": self._scaler.state_dict(), "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._done = state["done"]
         if self._scheduler is not None:
@@ -128,8 +124,16 @@ def uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
-def create_update(model: nn.Module, config: Train, steps_per_epoch: int) -> Update:
+def create_update(
+    model: nn.Module, config: Train, steps_per_epoch: int, *, rows: int | None = None
+) -> Update:
     """Optimiser and schedule from timm's factories.
+
+    Args:
+        model: to be trained.
+        config: tells which.
+        steps_per_epoch: updates in an epoch.
+        rows: of D that every worker has in a step at least, which `train.micro_batch` divides.
 
     Raises:
         UserError: timm has no such optimiser, or it does not take these options.
@@ -185,5 +189,13 @@ def create_update(model: nn.Module, config: Train, steps_per_epoch: int) -> Upda
         scheduler,
         precision=config.precision,
         clip_grad=config.clip_grad,
-        accumulate=config.accumulate,
+        accumulate=micro_batches(config, rows or config.batch_size),
     )
+
+
+def micro_batches(config: Train, rows: int) -> int:
+    """Micro-batches that a worker computes its `rows` rows of D in."""
+    if config.micro_batch is None:
+        return config.accumulate
+    most = max(1, rows // 2)  # a single row has no BatchNorm statistics
+    return max(config.accumulate, min(most, math.ceil(rows / config.micro_batch)))

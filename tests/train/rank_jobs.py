@@ -25,7 +25,8 @@ from training_setup import (
 from amint_ray.config.schema import Config, Loss
 from amint_ray.contracts import Role
 from amint_ray.evaluation.scores import score
-from amint_ray.train.loop import _gather, _monitor, _parallel, create_state, train
+from amint_ray.train.loop import _gather, _monitor, create_state, train
+from amint_ray.train.parallel import replicate
 from amint_ray.train.step import train_step
 
 # Nine rows of D over two ranks: five and four (and ten in the last step); the withheld among them
@@ -109,7 +110,7 @@ def exchanges(accumulate: int, context: RankContext) -> int:
     config = config_of(CONVNEXT, train={"optimizer": "sgd", "accumulate": accumulate})
     streams = streams_of(config, rank=context.rank, world_size=context.world_size)
     state = fresh_state(config)
-    model = _parallel(state.model, context)
+    model = replicate(state.model, context)
     assert isinstance(model, DistributedDataParallel)
     sent: list[int] = []
     model.register_comm_hook(

@@ -26,10 +26,10 @@ from training_setup import (
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config, Loss
 from amint_ray.evaluation.scores import read_scores
-from amint_ray.train.loop import SCORES, LocalContext, Trained, epoch_metrics, train
+from amint_ray.train.loop import SCORES, LocalContext, Trained, epoch_metrics, identity_of, train
 from amint_ray.train.state import (
+    OPTIMIZER,
     STATE,
-    UPDATE,
     WEIGHTS,
     DamagedCheckpointError,
     check_checkpoint,
@@ -123,9 +123,9 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     with context.latest_checkpoint() as last:
         pass
     assert last is not None
-    assert {p.name for p in last.iterdir()} == {WEIGHTS, UPDATE, STATE, SCORES}
+    assert {p.name for p in last.iterdir()} == {WEIGHTS, OPTIMIZER, STATE, SCORES}
     state = fresh_state(config)
-    state.load(last, config_fingerprint=training_fingerprint(config))
+    state.load(last, identity=identity_of(config, None))
     assert state.epoch == 3
     assert state.history == trained.history
     assert_same_weights(state.model.state_dict(), trained.model.state_dict())
@@ -145,10 +145,10 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
             lambda folder: (folder / WEIGHTS).write_bytes(b"cut"),
             f"{WEIGHTS} is not as it was written",
         ),
-        (lambda folder: (folder / UPDATE).unlink(), f"{UPDATE} is missing"),
+        (lambda folder: (folder / OPTIMIZER).unlink(), f"{OPTIMIZER} is missing"),
         (lambda folder: (folder / STATE).unlink(), f"{STATE} is missing"),
         (lambda folder: (folder / STATE).write_text('{"epoch": 3'), f"{STATE} is damaged"),
-        (lambda folder: flip_a_bit(folder / UPDATE), f"{UPDATE} is not as it was written"),
+        (lambda folder: flip_a_bit(folder / OPTIMIZER), f"{OPTIMIZER} is not as it was written"),
     ],
 )
 def test_a_damaged_checkpoint_is_known_as_such(

@@ -18,10 +18,9 @@ from training_setup import (
     streams_of,
 )
 
-from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config, Loss
 from amint_ray.data.loading import MemoryStreams
-from amint_ray.train.loop import LocalContext, train
+from amint_ray.train.loop import LocalContext, identity_of, train
 
 
 def message_of(config: Config, streams: MemoryStreams, context: LocalContext) -> str:
@@ -60,7 +59,7 @@ def test_the_step_its_losses_and_its_samples_are_named(
     assert files == [f"checkpoint_{i:06d}" for i in range(1, epoch)]
     if epoch > 1:
         state = fresh_state(config)
-        state.load(tmp_path / files[-1], config_fingerprint=training_fingerprint(config))
+        state.load(tmp_path / files[-1], identity=identity_of(config, None))
         assert state.epoch == epoch - 1
         assert all(w.isfinite().all() for w in state.model.state_dict().values())
         assert state.update.done == 3 * state.epoch

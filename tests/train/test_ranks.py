@@ -23,10 +23,10 @@ from training_setup import (
     streams_of,
 )
 
-from amint_ray.config.load import training_fingerprint
 from amint_ray.contracts import Role
 from amint_ray.evaluation.scores import score
 from amint_ray.model.joint import AuditedModel
+from amint_ray.train.loop import identity_of
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 240.0
@@ -146,6 +146,6 @@ def test_a_bad_row_of_one_rank_stops_all_with_the_same_words(
     assert set(re.findall(r"s/\d+", text)) == ids_of_step(POISONED, BAD_STEP)
     # No checkpoint was written after the bad step, and the one before it can be read.
     state = fresh_state(POISONED)
-    state.load(folder / "poisoned", config_fingerprint=training_fingerprint(POISONED))
+    state.load(folder / "poisoned", identity=identity_of(POISONED, None))
     assert state.epoch == 1
     assert all(w.isfinite().all() for w in state.model.state_dict().values())

@@ -99,8 +99,14 @@ class DiesAfter(LocalContext):
         self._at, self._later = {"epoch": epoch, "step": step}, later
         self._left: int | None = None
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
-        super().report(metrics, write_checkpoint)
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        write_checkpoint: Callable[[Path], None],
+        *,
+        everywhere: bool = False,
+    ) -> bool:
+        super().report(metrics, write_checkpoint, everywhere=everywhere)
         if self._at == metrics:
             if not self._later:
                 raise ConnectionError("the worker died")
@@ -204,8 +210,10 @@ def test_a_run_stopped_within_an_epoch_ends_like_the_straight_one(
 
 def test_a_run_that_dies_behind_every_checkpoint_gets_there(tmp_path: Path) -> None:
     class Dies(LocalContext):
-        def report(self, metrics: Mapping[str, Any], write_checkpoint: Any) -> bool:
-            super().report(metrics, write_checkpoint)
+        def report(
+            self, metrics: Mapping[str, Any], write_checkpoint: Any, *, everywhere: bool = False
+        ) -> bool:
+            super().report(metrics, write_checkpoint, everywhere=everywhere)
             raise ConnectionError("again")
 
     config = small(train={"checkpoint_steps": 2}, drop_rate=0.3)

@@ -172,12 +172,13 @@ def test_a_stored_update_goes_on_as_if_nothing_had_been(schedule: str, precision
     half = update_of(first, **options)
     advance(first, half, range(5))
     stored = io.BytesIO()
-    torch.save([first.state_dict(), half.state_dict()], stored)
+    torch.save([first.state_dict(), half.optimizer.state_dict(), half.state_dict()], stored)
     stored.seek(0)
-    weights, state = torch.load(stored, weights_only=True)
+    weights, moments, state = torch.load(stored, weights_only=True)
     second = net(seed=1)
     second.load_state_dict(weights)
     resumed = update_of(second, **options)
+    resumed.optimizer.load_state_dict(moments)
     resumed.load_state_dict(state)
     assert resumed.done == 5
     assert advance(second, resumed, range(5, 9)) == rates[5:]

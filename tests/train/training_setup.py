@@ -197,8 +197,14 @@ class RankContext:
     def progress(self, event: Mapping[str, Any]) -> None:
         pass
 
-    def report(self, metrics: Mapping[str, Any], write_checkpoint: Callable[[Path], None]) -> bool:
-        if self.rank == 0:
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        write_checkpoint: Callable[[Path], None],
+        *,
+        everywhere: bool = False,
+    ) -> bool:
+        if self.rank == 0 or everywhere:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(self._folder)
         return True
