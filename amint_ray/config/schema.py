@@ -193,9 +193,12 @@ class Cluster(Section):
     address: str | None = None
     """`host:port` of a running Ray cluster; by default RAY_ADDRESS, and without it a cluster of
     this machine alone that ends with the run."""
-    workers: Workers | tuple[Workers, Workers] | None = None
+    workers: Workers | Annotated[tuple[Workers, Workers], Field(strict=False)] | None = None
     """Training processes; by default one a GPU, and without GPUs one a core up to two. Two numbers,
     `[1, 3]`: as many as there is room for, fewer when a node is lost, more when it comes back."""
+    resize_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """How often a run that may have more workers looks whether there is room for them (`workers` of
+    two numbers). It then starts again from its last checkpoint."""
     cpus_per_worker: Annotated[float, Field(ge=0.01)] = 1
     """Cores that Ray reserves for one worker."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"

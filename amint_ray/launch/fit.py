@@ -88,6 +88,7 @@ def fit(
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
+            elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker}
             | ({"GPU": 1} if use_gpu else {}),

@@ -90,6 +90,7 @@ def train(
         if checkpoint is not None:
             state.load(checkpoint, identity=identity)
             streams.note_lost(state.lost)
+            context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
     model = replicate(state.model, context)
 
     def commit(metrics: Mapping[str, Any], scores: ScoreTable | None = None) -> bool:
@@ -124,6 +125,11 @@ def train(
             "evaluate": evaluated - trained,
         },
     )
+
+
+def _goes_on(state: TrainState, workers: int) -> str:
+    who = "1 worker goes on" if workers == 1 else f"{workers} workers go on"
+    return f"{who} after epoch {state.epoch}" + (f", step {state.step}" if state.step else "")
 
 
 def create_state(

@@ -28,6 +28,8 @@ class Command:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables beside those of this process, but for another server's or cluster's address."""
+    within: tuple[str, ...] = ()
+    """A command that runs the one behind it."""
 
     def __post_init__(self) -> None:
         environment = {
@@ -39,7 +41,7 @@ class Command:
         self._stderr = self.folder / f"stderr-{self.mark}"
         with self._stdout.open("w") as out, self._stderr.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "amint_ray.cli", *self.arguments],
+                [*self.within, sys.executable, "-m", "amint_ray.cli", *self.arguments],
                 cwd=self.folder,
                 env={**environment, **self.environment, "AMINT_TEST_MARK": self.mark},
                 stdout=out,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +41,16 @@ def weights(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of a run that nothing happened to."""
+    """The weights of a run that nothing happened to; it keeps its best checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    Command(folder, [*RUN, "cluster.workers=2"]).document()
+    best = "storage.keep_best=calibration/task_loss"
+    Command(folder, [*RUN, "cluster.workers=2", best]).document()
+    states = [json.loads(path.read_text()) for path in folder.rglob("checkpoint_*/state.json")]
+    history = max(states, key=lambda state: int(state["epoch"]))["history"]
+    ranked = sorted(history, key=lambda entry: float(entry["calibration/task_loss"]))
+    assert {state["epoch"] for state in states} == {entry["epoch"] for entry in ranked[:2]} | {
+        EPOCHS
+    }
     return weights(folder / "amint_runs")
 
 
@@ -100,6 +111,67 @@ def test_worker_node_and_storage_die_and_the_run_ends_as_if_nothing_had_happened
     assert run.info.status == "FINISHED"
 
 
+def test_workers_leave_with_their_node_and_come_back_with_it(
+    stack: LocalStack, tmp_path: Path
+) -> None:
+    """A sharded model: each number of workers takes the checkpoint of the one before."""
+    for name in ("worker-1", "worker-2"):
+        if name not in stack.nodes:
+            stack.add_node(name)
+    settings = ["train.parallel=fsdp", "cluster.workers=[1,3]", "cluster.resize_seconds=2"]
+    arguments = [*RUN, *settings, "storage.path=s3://amint/elastic"]
+    command = Command(tmp_path, arguments, environment=stack.environment)
+    bucket = stack.folder / "s3/buckets/amint/elastic"
+    command.wait_until(lambda: len(list(bucket.rglob("checkpoint_*/state.json"))) > 1)
+    assert len(train_workers(stack.folder)) == 3
+    stack.remove_node("worker-1", signal.SIGKILL)
+    command.wait_until(lambda: "2 workers go on after epoch" in command.stderr)
+    stack.add_node("worker-1")
+    document = command.document()
+    assert "3 workers go on after epoch" in command.stderr.partition("2 workers go on")[2]
+    assert document["workers"] == 3
+    assert command.leftovers() == []
+    uri = stack.environment["MLFLOW_TRACKING_URI"]
+    assert told(uri, document["run_id"]) == ONCE
+    losses = mlflow.MlflowClient(uri).get_metric_history(document["run_id"], "train/task_loss")
+    assert all(math.isfinite(point.value) for point in losses)
+    assert losses[-1].value < 0.1 < losses[0].value
+
+
+# A disk of its own that is full until the ballast goes; no root is needed for it. A few KiB are
+# left: Python takes another folder for temporary files if it can write nothing at all.
+SMALL_DISK = """
+mount -t tmpfs -o size=16m none "$0" || exit
+dd if=/dev/zero of="$0/ballast" bs=1k count=16320 2>&-
+exec "$@"
+"""
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: bytes, tmp_path: Path) -> None:
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    try:
+        probe = ["mount -t tmpfs none .", "sh"]
+        subprocess.run([*unshare, *probe], cwd=disk, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine lets nobody mount a disk of his own")
+    command = Command(
+        tmp_path,
+        [*RUN, "cluster.workers=2"],
+        environment={"TMPDIR": str(disk), "RAY_TMPDIR": tempfile.gettempdir()},
+        within=(*unshare, SMALL_DISK, str(disk)),
+    )
+    said = f"a checkpoint could not be written to {disk}"
+    command.wait_until(lambda: said in command.stderr)
+    Path(f"/proc/{command.process.pid}/root{disk}/ballast").unlink()
+    command.document()
+    assert "No space left on device" in command.stderr
+    assert "make room there, or set TMPDIR" in command.stderr
+    assert weights(tmp_path / "amint_runs") == undisturbed
+    assert command.leftovers() == []
+
+
 def test_the_same_command_goes_on_where_a_killed_driver_was(
     undisturbed: bytes, tmp_path: Path
 ) -> None:
@@ -110,14 +182,14 @@ def test_the_same_command_goes_on_where_a_killed_driver_was(
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert killed.leftovers() == []
-    newest = max(tmp_path.rglob("checkpoint_*/update.pt"), key=lambda path: path.parent.name)
+    newest = max(tmp_path.rglob("checkpoint_*/optimizer.pt"), key=lambda path: path.parent.name)
     newest.write_bytes(newest.read_bytes()[:100])
     (run,) = (tmp_path / "amint_runs").glob("digits-*")
 
     command = Command(tmp_path, arguments)
     document = command.document()
     assert f"going on with run {run.name}" in command.stderr
-    assert "update.pt is not as it was written; the one before it is taken" in command.stderr
+    assert "optimizer.pt is not as it was written; the one before it is taken" in command.stderr
     assert document["run_name"] == run.name
     assert document["resumed"] is True
     assert weights(tmp_path / "amint_runs") == undisturbed
