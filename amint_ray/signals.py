@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Stopped(BaseException):
@@ -18,12 +18,15 @@ class Stopped(BaseException):
 
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS_TO_TRY_AGAIN = 0.05
 _signals: list[int] = []
+_raised: list[int] = []
 
 
 def install_handlers() -> None:
     """From now on a signal to stop raises `Stopped` in the main thread, once."""
     _signals.clear()
+    _raised.clear()
     # SIGINT too: a shell script that starts us with & has it ignored, and Python would leave it so.
     for signum in _STOPPING:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
@@ -40,7 +43,7 @@ def received() -> int | None:
 def raise_if_stopped() -> None:
     """Raise again what Python swallows if the signal came in a callback or a finaliser."""
     if _signals:
-        raise Stopped(_signals[0])
+        _raise()
 
 
 def write(text: str) -> None:
@@ -53,13 +56,41 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     _signals.append(signum)
     if len(_signals) == 1:
         write("amint: stopping\n")
-        raise Stopped(signum)
+        _raise_outside_of_imports(signum, frame)
+        return
     # An impatient second Ctrl-C must not leave Ray's processes behind; a third means it.
     if len(_signals) == 2:
         write("amint: still stopping; once more ends it now, and may leave processes behind\n")
         return
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
+
+
+def _raise() -> NoReturn:
+    _raised.append(_signals[0])
+    raise Stopped(_signals[0])
+
+
+def _raise_outside_of_imports(signum: int, frame: FrameType | None) -> None:
+    """Now, or as soon as no import is under way.
+
+    An exception in Python's own import code could leave a module's lock held; every thread that
+    imports the module would then wait for ever, and the command with it.
+    """
+    if _raised:  # by `raise_if_stopped`, meanwhile
+        return
+    if not _is_importing(frame):
+        _raise()
+    signal.signal(signal.SIGALRM, _raise_outside_of_imports)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_TRY_AGAIN)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _without_stopped(unraisable: Any) -> None:

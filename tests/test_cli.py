@@ -128,31 +128,6 @@ def test_a_database_that_is_none_is_noticed_first(
     assert "mlflow.db" in complaint(capfd, "train", "digits")
 
 
-def test_a_signal_that_python_swallows_stops_the_run_at_the_next_heartbeat(
-    tmp_path: Path,
-) -> None:
-    """What a signal raises in a finaliser is dropped by Python, which would print a traceback."""
-    program = """
-import os, signal, sys
-import amint_ray.cli as cli
-class Swallows:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-def run_training(config, watcher, resume, verbose):
-    Swallows()
-    print("went on", file=sys.stderr)
-    watcher.heartbeat()
-    print("not here", file=sys.stderr)
-import amint_ray.launch.train_run
-amint_ray.launch.train_run.run_training = run_training
-sys.exit(cli.main(["train", "digits"]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 130
-    assert "went on" in done.stderr and "not here" not in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_server_that_does_not_answer_is_noticed_first(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

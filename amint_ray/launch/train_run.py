@@ -7,7 +7,7 @@ import importlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,12 @@ from amint_ray.launch.runs import (
     open_run,
     resumed_config,
 )
+from amint_ray.launch.time_limit import in_thread
 from amint_ray.storage import Location
 from amint_ray.tracking.run_log import RunLog, Status
+
+_SECONDS_TO_OPEN = 30.0
+"""That a run that ends waits for MLflow to take it, only to be told that it has ended."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,7 @@ def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[F
 
     It is opened in a thread, since making a database takes seconds in which the workers start.
     """
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-    opening: Future[RunLog] = executor.submit(_open, prepared, asked)
+    opening = in_thread(lambda: _open(prepared, asked))
     try:
         yield opening
         opening.result().end("FINISHED")
@@ -170,8 +173,6 @@ def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[F
                 f"the run failed: {type(error).__name__}: {first_line(error)}"
             ) from error
         raise
-    finally:
-        executor.shutdown(wait=False)
 
 
 def _stopped_by(watcher: Watcher) -> BaseException | None:
@@ -218,7 +219,11 @@ def data_tags(prepared: Prepared) -> dict[str, str]:
 
 def _mark(opening: Future[RunLog], status: Status, watcher: Watcher) -> None:
     """Tell MLflow how the run ended; that it cannot be told must not hide why."""
-    if opening.exception() is not None:
+    try:
+        if opening.exception(_SECONDS_TO_OPEN) is not None:
+            return
+    except TimeoutError:
+        watcher.notice(f"MLflow has not answered; if it has a run, that is not marked {status}")
         return
     run_id = opening.result().run_id
     try:

@@ -17,12 +17,13 @@ from torch import distributed, nn
 
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Batch, Role, RunContext, RunError, ScoreTable, Streams
+from amint_ray.contracts import Role, RunContext, RunError, ScoreTable, Streams
 from amint_ray.evaluation.scores import concatenate, score, write_scores
 from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.model.sync_norm import synchronise_norms
 from amint_ray.train.allocator import keep_freed_memory
+from amint_ray.train.finite import Step, check_finite
 from amint_ray.train.objective import Objective
 from amint_ray.train.parallel import in_step, replicate, shard
 from amint_ray.train.reduce import gather_lists, is_rank_zero, share_buffers, sum_over_ranks
@@ -190,16 +191,16 @@ def _train_epoch(
     _seed(state, config, context)
     model.train()
     totals = torch.tensor(state.sums or [0.0] * len(SUMS), dtype=torch.float64).to(context.device)
-    before: _Step | None = None
+    before: Step | None = None
     started, first = time.perf_counter(), state.step
     batches = streams.train_batches(state.epoch, first)
     for number, batch in enumerate(batches, start=first + 1):
-        step = _Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
+        step = Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
         sums = train_step(model, batch.to(context.device), state.objective, state.update)
         step.done(sums)
         totals += sums
         # One step later: reading a loss at once would have the GPU run dry.
-        _check(before, config)
+        check_finite(before, config)
         before = step
         context.progress(
             {
@@ -213,13 +214,13 @@ def _train_epoch(
         )
         every = config.train.checkpoint_steps
         if every and number % every == 0 and number < streams.steps_per_epoch:
-            _check(before, config)
+            check_finite(before, config)
             _share_lost(state, streams)
             state.step, state.sums, before = number, totals.tolist(), None
             share_buffers(state.model)
             commit({"epoch": state.epoch, "step": number})
             _seed(state, config, context)
-    _check(before, config)
+    check_finite(before, config)
     share_buffers(state.model)
     entry = epoch_metrics(totals)
     seconds = time.perf_counter() - started
@@ -260,52 +261,6 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
     if of["told_rows"]:
         metrics["train/mint_loss"] = of["mint_loss"] / of["told_rows"]
     return metrics
-
-
-class _Step:
-    """A step whose losses are still to be looked at; both counts from 1."""
-
-    def __init__(self, number: int, epoch: int, batch: Batch) -> None:
-        self.number, self.epoch, self.batch = number, epoch, batch
-
-    def done(self, sums: torch.Tensor) -> None:
-        """Take the step's sums, and have them sent to the host behind it on a GPU's queue."""
-        self._sums = sums.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if sums.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def sums(self) -> dict[str, float]:
-        """The step's `SUMS`; waits for this step, not for the one behind it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return dict(zip(SUMS, self._sums.tolist(), strict=True))
-
-
-_NAMED = 32
-
-
-def _check(step: _Step | None, config: Config) -> None:
-    """Stop at the first loss that is not finite. The sums are the same on every rank, so all do.
-
-    Raises:
-        FloatingPointError: names the step, the losses and the batch's samples.
-    """
-    if step is None:
-        return
-    of = step.sums()
-    if all(map(math.isfinite, of.values())):
-        return
-    task_loss = of["task_loss"] / of["task_rows"]
-    mint_loss = of["mint_loss"] / max(of["told_rows"], 1)
-    ids = list(dict.fromkeys(gather_lists(step.batch.sample_id.tolist())))
-    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
-    wide = "take train.precision=bfloat16, " if config.train.precision == "float16" else ""
-    raise FloatingPointError(
-        f"step {step.number} (epoch {step.epoch}): task loss {task_loss:.4g}, MINT loss "
-        f"{mint_loss:.4g}; {wide}lower train.lr or set train.clip_grad; checkpoints written before "
-        f"stay; samples of the batch: {', '.join(ids[:_NAMED])}{more}"
-    )
 
 
 def _monitor(model: nn.Module, streams: Streams, context: RunContext) -> dict[str, float]:
