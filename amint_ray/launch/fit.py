@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from amint_ray.config.schema import Storage
 from amint_ray.contracts import RunError, Watcher
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.progress import Receiver
+from amint_ray.launch.recording import Recording
 from amint_ray.launch.worker import train_worker
 from amint_ray.storage import Location
 from amint_ray.tracking.run_log import RunLog
@@ -53,7 +54,7 @@ class DivergedError(RunError):
 def fit(
     prepared: Prepared,
     data: Mapping[str, Any],
-    opening: Future[RunLog],
+    run: Recording,
     watcher: Watcher,
     *,
     workers: int | tuple[int, int],
@@ -65,7 +66,7 @@ def fit(
         prepared: the run's settings.
         data: what the workers read (`worker.open_streams`), in Ray's object store: those of a node
             share it.
-        opening: the MLflow run, perhaps still on its way; gets each epoch's metrics.
+        run: the MLflow run, perhaps still on its way; is told of each epoch.
         watcher: gets the loop's news.
         workers: how many; (fewest, most) where their number may change in mid-run.
         use_gpu: whether each has one.
@@ -105,7 +106,7 @@ def fit(
     watcher.phase(f"starting {number} worker{'' if number == 1 else 's'}")
     called = time.time()
     running = _InThread(trainer.fit)
-    logged = _follow(running, Receiver(prepared.run_name), opening, watcher)
+    logged = _follow(running, Receiver(prepared.run_name), run, watcher)
     returned = time.time()
     result = running.result()
     home = result.return_value
@@ -115,7 +116,7 @@ def fit(
     _remove_orphans(storage.below(prepared.run_name), result)
     for entry in home["history"]:
         if entry["epoch"] > logged:
-            opening.result().log_epoch(entry)
+            run.tell(functools.partial(RunLog.log_epoch, entry=entry))
     seconds = home["seconds"]
     start_and_stop = home["entered"] - called + seconds["setup"] + returned - home["left"]
     return Fitted(
@@ -127,9 +128,7 @@ def fit(
     )
 
 
-def _follow(
-    running: _InThread, receiver: Receiver, opening: Future[RunLog], watcher: Watcher
-) -> int:
+def _follow(running: _InThread, receiver: Receiver, run: Recording, watcher: Watcher) -> int:
     """Pass the loop's news on until it ends; gives the last epoch that MLflow was told of.
 
     MLflow hears of each epoch once, also of one that was trained twice because what came of it the
@@ -140,22 +139,21 @@ def _follow(
     while not done:
         watcher.heartbeat()
         done = not running.is_alive()  # asked before the last poll, so that no news is missed
-        if opening.done():
-            opening.result()  # raises at once if the run could not be opened
+        run.check()
         for event in receiver.poll():
             watcher.event(event)
             if event["phase"] == "notice":
                 watcher.notice(event["text"])
             if event["phase"] == "epoch":
                 if logged is None:
-                    logged = opening.result().last_epoch()
+                    logged = run.ask(RunLog.last_epoch)
                 if event["epoch"] > logged:
-                    opening.result().log_epoch(event)
+                    run.tell(functools.partial(RunLog.log_epoch, entry=event))
                     logged = int(event["epoch"])
         if not done:
             time.sleep(_SECONDS_BETWEEN_POLLS)
     receiver.close()
-    return opening.result().last_epoch() if logged is None else logged
+    return run.ask(RunLog.last_epoch) if logged is None else logged
 
 
 def _remove_orphans(run: Location, result: ray.train.Result) -> None:

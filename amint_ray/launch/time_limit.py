@@ -1,11 +1,12 @@
-"""Waiting for a call no longer than some seconds."""
+"""Calls in threads: waited for no longer than some seconds, or made one after the other."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -35,3 +36,30 @@ def within(seconds: float, call: Callable[[], T]) -> T:
         Exception: whatever the call raises.
     """
     return in_thread(call).result(seconds)
+
+
+class InOrder:
+    """A daemon thread that makes one call after the other, in the order they were given in."""
+
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Have a call made when all before it are done."""
+        future: Future[T] = Future()
+        self._waiting.put((call, future))
+        return future
+
+    def forget(self) -> None:
+        """Make none of the calls that have not begun."""
+        while not self._waiting.empty():
+            self._waiting.get()[1].cancel()
+
+    def _work(self) -> None:
+        while True:
+            call, future = self._waiting.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)

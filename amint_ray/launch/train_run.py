@@ -7,25 +7,24 @@ import importlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.contracts import RunError, Watcher, first_line
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.cluster import address_of, connect, plan_workers
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.prepare import (
-    Prepared,
     check,
     prepare,
     settle_streams,
     share,
     worker_rows,
 )
+from amint_ray.launch.recording import recording
 from amint_ray.launch.runs import (
     RunRecord,
     alive,
@@ -34,12 +33,7 @@ from amint_ray.launch.runs import (
     open_run,
     resumed_config,
 )
-from amint_ray.launch.time_limit import in_thread
 from amint_ray.storage import Location
-from amint_ray.tracking.run_log import RunLog, Status
-
-_SECONDS_TO_OPEN = 30.0
-"""That a run that ends waits for MLflow to take it, only to be told that it has ended."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +102,14 @@ def run_training(
         prepared = settle_streams(prepared, most)
         with (
             alive(asked, prepared.storage, prepared.run_name),
-            recording(prepared, asked, watcher) as opening,
+            recording(prepared, asked, watcher) as run,
         ):
             from amint_ray.launch.fit import DivergedError, fit
             from amint_ray.launch.record import record
 
             data, prepared = share(prepared)
             try:
-                fitted = fit(prepared, data, opening, watcher, workers=workers, use_gpu=use_gpu)
+                fitted = fit(prepared, data, run, watcher, workers=workers, use_gpu=use_gpu)
             except DivergedError:
                 finish(asked, prepared.storage, prepared.run_name)  # it would end the same way
                 raise
@@ -123,7 +117,8 @@ def run_training(
                 clock.add(phase, seconds)
             watcher.phase("recording")
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
-                document = record(prepared, Path(folder), opening.result(), lost=fitted.lost)
+                last = Path(folder)
+                document = run.ask(lambda log: record(prepared, last, log, lost=fitted.lost))
     finish(asked, prepared.storage, prepared.run_name)
     flops = {
         "joint_step": prepared.flops.joint,
@@ -151,86 +146,6 @@ def _earlier_run(
         return find_unfinished(config, storage, watcher)
     except OSError as error:
         raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error
-
-
-@contextmanager
-def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[Future[RunLog]]:
-    """An MLflow run around the body, ended as what the body ended as.
-
-    It is opened in a thread, since making a database takes seconds in which the workers start.
-    """
-    opening = in_thread(lambda: _open(prepared, asked))
-    try:
-        yield opening
-        opening.result().end("FINISHED")
-    except BaseException as raised:
-        error = _stopped_by(watcher) or raised
-        _mark(opening, "FAILED" if isinstance(error, Exception) else "KILLED", watcher)
-        if error is not raised:
-            raise error from raised
-        if isinstance(error, Exception) and not isinstance(error, UserError | RunError):
-            raise RunError(
-                f"the run failed: {type(error).__name__}: {first_line(error)}"
-            ) from error
-        raise
-
-
-def _stopped_by(watcher: Watcher) -> BaseException | None:
-    """What a signal raised, where there was one: Ray's compiled code makes another error of it."""
-    try:
-        watcher.heartbeat()
-    except BaseException as stopped:
-        return stopped
-    return None
-
-
-def _open(prepared: Prepared, asked: Config) -> RunLog:
-    """The MLflow run; and, beside the checkpoints, what is needed to go on with it."""
-    earlier = prepared.earlier
-    log = RunLog(
-        prepared.tracking_uri,
-        prepared.config,
-        run_name=prepared.run_name,
-        tags=data_tags(prepared),
-        resume=None if earlier is None else earlier.mlflow_run_id,
-    )
-    if earlier is None or earlier.mlflow_run_id != log.run_id:
-        RunRecord(
-            run_name=prepared.run_name,
-            mlflow_run_id=log.run_id,
-            manifest_fingerprint=prepared.dataset.index.manifest.fingerprint,
-            asked=asked.model_dump(mode="json"),
-            settled=prepared.config.model_dump(mode="json"),
-        ).write(prepared.storage)
-    return log
-
-
-def data_tags(prepared: Prepared) -> dict[str, str]:
-    """What a reader of the run must know of its data."""
-    tags = {
-        "amint.manifest_fingerprint": prepared.dataset.index.manifest.fingerprint,
-        "amint.data_mode": prepared.config.data.mode,
-        "amint.quarantined": str(len(prepared.dataset.index.quarantine)),
-    }
-    if prepared.confounders is not None and prepared.confounders["clean"] is not None:
-        tags["amint.confounded"] = str(not prepared.confounders["clean"]).lower()
-    return tags
-
-
-def _mark(opening: Future[RunLog], status: Status, watcher: Watcher) -> None:
-    """Tell MLflow how the run ended; that it cannot be told must not hide why."""
-    try:
-        if opening.exception(_SECONDS_TO_OPEN) is not None:
-            return
-    except TimeoutError:
-        watcher.notice(f"MLflow has not answered; if it has a run, that is not marked {status}")
-        return
-    run_id = opening.result().run_id
-    try:
-        opening.result().end(status)
-        watcher.notice(f"MLflow run {run_id} is marked {status}")
-    except Exception as error:
-        watcher.notice(f"MLflow run {run_id} could not be marked {status}: {first_line(error)}")
 
 
 T = TypeVar("T")
