@@ -201,6 +201,11 @@ class Cluster(Section):
     two numbers). It then starts again from its last checkpoint."""
     cpus_per_worker: Annotated[float, Field(ge=0.01)] = 1
     """Cores that Ray reserves for one worker."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`cuda`: each worker has a GPU; `cpu`: none has; `auto`: each has, where there are any."""
+    wait_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """How long to wait for a cluster that was joined and is too small, or is used by others, to
+    have room for the workers. Its autoscaler, if it has one, is asked for nodes."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """What workers exchange gradients by: `nccl` where they have GPUs, else `gloo`."""
     max_failures: Annotated[int, Field(ge=-1)] = 8

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from amint_ray.config.schema import Cluster
 from amint_ray.contracts import RunError, UserError, first_line
 
-_SECONDS_TO_ANSWER = 5.0
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # For a cluster of our own, whose only job is ours: Ray Train looks after its workers every 2 s by
 # default, and each report and the end of a run wait for the next look; nobody preempts a worker or
@@ -32,70 +30,12 @@ def address_of(config: Cluster) -> str | None:
     return None if address == "local" else address
 
 
-def check_address(address: str) -> None:
-    """Find out in seconds whether anybody listens there; Ray itself tries for minutes.
-
-    Raises:
-        UserError: nobody does, or the address has no port.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if address == "auto":
-            return
-        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_ANSWER).close()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cluster.address = {address!r}: no Ray cluster answers there ({error}); give "
-            "host:port of a running one, or leave cluster.address and RAY_ADDRESS empty"
-        ) from error
-
-
 def local_cores() -> int:
     """Cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         return os.cpu_count() or 1
-
-
-def plan_workers(
-    config: Cluster, *, rows: int, cores: float, gpus: float
-) -> tuple[int | tuple[int, int], bool]:
-    """How many workers, or (fewest, most), and whether each has a GPU.
-
-    Args:
-        config: what is asked for.
-        rows: workers that a global batch of D, or a micro-batch of it, has images for.
-        cores: of the cluster.
-        gpus: of the cluster.
-
-    Raises:
-        UserError: more are asked for than there is room or work.
-    """
-    use_gpu = gpus >= 1
-    room = int(cores / config.cpus_per_worker)
-    room = min(room, int(gpus)) if use_gpu else room
-    by_default = max(1, min(rows, room if use_gpu else min(2, room)))
-    wanted, most = (
-        config.workers
-        if isinstance(config.workers, tuple)
-        else (config.workers or by_default, None)
-    )
-    if most is not None and wanted > most:
-        raise UserError(f"cluster.workers = [{wanted}, {most}]: the first must be the smaller one")
-    if wanted > room:
-        raise UserError(
-            f"cluster.workers = {wanted}: the cluster has {cores:g} cores and {gpus:g} GPUs, room "
-            f"for {room} workers of {config.cpus_per_worker:g} cores (cluster.cpus_per_worker)"
-            f"{' and a GPU' if use_gpu else ''}"
-        )
-    if wanted > rows:
-        raise UserError(
-            f"cluster.workers = {wanted}: more workers than images of D in a step or micro-batch "
-            f"(train.batch_size / train.accumulate has enough for {rows}); ask for fewer workers, "
-            "a larger batch or a smaller train.accumulate"
-        )
-    return (wanted if most is None else (wanted, min(most, rows))), use_gpu
 
 
 @contextlib.contextmanager
@@ -114,11 +54,8 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]:
+def connect(address: str | None, *, verbose: bool) -> Iterator[None]:
     """Start or join the cluster; on leaving, stop or leave it.
-
-    Yields:
-        The cluster's resources, as Ray names them.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -135,7 +72,7 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[dict[str, float]]
     options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
     try:
         _start(address, options)
-        yield ray.cluster_resources()
+        yield
     finally:
         ray.shutdown()
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,28 +13,15 @@ from amint_ray.config.load import load_config
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, Watcher
 from amint_ray.launch import doctor_node, no_secrets, time_limit
-from amint_ray.launch.cluster import address_of, check_address, connect
+from amint_ray.launch.cluster import address_of, connect
 from amint_ray.launch.doctor_driver import checks_of_driver
 from amint_ray.launch.doctor_node import Finding, Wrong, checks_of_machine, run_checks
+from amint_ray.launch.knock import check_address, other_versions
 from amint_ray.launch.no_secrets import scrub
+from amint_ray.launch.room import machines_of_cluster
 from amint_ray.launch.submit_job import open_client, parse_runtime_env, refuse_secrets
 
 _MOST_SKEW = 2.0
-# Ray itself tries for 20 s to be let in, for ever where another program answers, and aborts its
-# process where the token's file is missing.
-_KNOCK = """
-import json, sys
-try:
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-    from ray._raylet import GcsClient
-    ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-    client = GcsClient(address=sys.argv[1])
-    from ray._common.usage.usage_lib import get_cluster_metadata
-    said = get_cluster_metadata(client)
-except BaseException as error:
-    said = {"error": type(error).__name__, "text": str(error)}
-print(json.dumps(said))
-"""
 _DRIVER = "driver"
 
 
@@ -126,86 +109,30 @@ def _reach(address: str | None, seconds: float) -> str:
     try:
         if _is_dashboard(address):
             version = getattr(open_client(address), "_server_ray_version", None)
-            _compare({"ray_version": version})
+            if other := other_versions({"ray_version": version}):
+                raise Wrong(other)
             return (
                 f"Ray {version}'s dashboard takes the token; to check the nodes, run "
                 "`ray job submit -- amint doctor`"
             )
-        check_address(address)
+        check_address(address, seconds)
     except UserError as error:
         raise Wrong(str(error)) from None
     if address == "auto" or address.startswith("ray://"):
         return "Ray finds out by itself"
-    said = knock(address, seconds)
-    if said is None:
-        raise Wrong(
-            "somebody answers there, but not as a Ray cluster does; write the port of its head "
-            "(6379 by default), not the dashboard's"
-        )
-    if "error" in said:
-        raise Wrong(_refused(said["error"], said["text"]))
-    _compare(said)
     return "takes the token"
-
-
-def knock(address: str, seconds: float) -> dict[str, str] | None:
-    """Ask a cluster's head for its versions, in a process that can be ended and talks to nobody.
-
-    Returns:
-        `ray_version` and `python_version`; or `error` and `text`; None where no Ray answered.
-    """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _KNOCK, address],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
-        return None
-    except (IndexError, ValueError, TypeError):  # not a word of Python's
-        return {"error": "RayError", "text": f"Ray's client ended with {done.returncode}"}
-
-
-def _refused(error: str, text: str) -> str:
-    if error != "AuthenticationError":
-        return f"{error}: {text.strip().splitlines()[0] if text.strip() else 'no message'}"
-    if "InvalidAuthToken" in text:
-        mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-        shown = "the token shown is not its own" if mode == "token" else f"RAY_AUTH_MODE={mode}"
-        return (
-            f"the cluster refuses the token ({shown}); set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH=FILE or RAY_AUTH_TOKEN to what the head was started with"
-        )
-    return text.split(". ")[0]
-
-
-def _compare(cluster: Mapping[str, str | None]) -> None:
-    """Compare the cluster's versions with ours: Ray wants the same, to the last digit."""
-    ours = doctor_node.versions()
-    for name, key in (("ray", "ray_version"), ("Python", "python_version")):
-        theirs = cluster.get(key)
-        if theirs is not None and theirs != ours[name]:
-            raise Wrong(
-                f"the cluster has {name.capitalize()} {theirs}, this machine {ours[name]}; they "
-                "must be the same: use the cluster's image here, or install the other version"
-            )
 
 
 def _join(stack: contextlib.ExitStack, address: str) -> str:
     import ray
 
     try:
-        resources = stack.enter_context(connect(address, verbose=False))
+        stack.enter_context(connect(address, verbose=False))
     except UserError as error:
         raise Wrong(str(error)) from None
-    alive = sum(node["Alive"] for node in ray.nodes())
-    return (
-        f"Ray {ray.__version__}, {alive} nodes, {resources.get('CPU', 0):g} CPUs, "
-        f"{resources.get('GPU', 0):g} GPUs"
-    )
+    machines = machines_of_cluster()
+    cores, gpus = (sum(of) for of in zip(*machines, strict=True))
+    return f"Ray {ray.__version__}, {len(machines)} nodes, {cores:g} CPUs, {gpus:g} GPUs"
 
 
 def _asked(config: Config, seconds: float) -> dict[str, Any]:

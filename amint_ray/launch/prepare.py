@@ -14,8 +14,10 @@ from amint_ray.contracts import UserError, Watcher
 from amint_ray.data.loading import check_roles
 from amint_ray.data.orders import stream_count
 from amint_ray.data.transforms import Views
-from amint_ray.launch.cluster import address_of, check_address, local_cores, plan_workers
+from amint_ray.launch.cluster import address_of, local_cores
 from amint_ray.launch.dataset import Dataset, confounders
+from amint_ray.launch.knock import check_address
+from amint_ray.launch.room import Machine, plan_workers
 from amint_ray.launch.runs import RunRecord
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.joint import Architecture, plan_architecture
@@ -80,12 +82,8 @@ def check(config: Config, watcher: Watcher) -> Checked:
     architecture = plan_architecture(config, num_classes=2)
     address = address_of(config.cluster)
     if address is None:
-        plan_workers(
-            config.cluster,
-            rows=worker_rows(config, architecture),
-            cores=local_cores(),
-            gpus=torch.cuda.device_count(),
-        )
+        here = Machine(local_cores(), torch.cuda.device_count())
+        plan_workers(config.cluster, [here], rows=worker_rows(config, architecture))
     else:
         check_address(address)
     create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)

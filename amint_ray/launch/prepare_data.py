@@ -24,7 +24,8 @@ from amint_ray.data.preparing import (
 )
 from amint_ray.data.quarantine import bad_fraction
 from amint_ray.data.sources import Source, count, open_source
-from amint_ray.launch.cluster import address_of, check_address, connect
+from amint_ray.launch.cluster import address_of, connect
+from amint_ray.launch.knock import check_address
 from amint_ray.storage import Location, locate, writable_folder
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, Watcher, first_line
 from amint_ray.data.loading import smallest_step
-from amint_ray.launch.cluster import address_of, connect, plan_workers
+from amint_ray.launch.cluster import address_of, connect
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.prepare import (
     check,
@@ -25,6 +25,7 @@ from amint_ray.launch.prepare import (
     worker_rows,
 )
 from amint_ray.launch.recording import recording
+from amint_ray.launch.room import machines_of_cluster, plan_workers, wait_for_room
 from amint_ray.launch.runs import (
     RunRecord,
     alive,
@@ -86,17 +87,22 @@ def run_training(
             prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
     _import_meanwhile("mlflow", "amint_ray.launch.record")
     watcher.phase("starting Ray")
-    with clock.around("ray", connect(address_of(config.cluster), verbose=verbose)) as cluster:
+    address = address_of(config.cluster)
+    with clock.around("ray", connect(address, verbose=verbose)):
+        machines = machines_of_cluster()
+        if address is not None:
+            with clock.phase("wait"):
+                machines = wait_for_room(config.cluster, watcher)
         if prepared is None:
             with clock.phase("data"):
                 dataset = index_on_ray(config, source, checked.storage, watcher)
                 prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
         smallest = smallest_step(prepared.dataset.index.manifest, config)
+        machines = (
+            machines_of_cluster() if address is None else wait_for_room(config.cluster, watcher)
+        )
         workers, use_gpu = plan_workers(
-            config.cluster,
-            rows=worker_rows(config, prepared.architecture, smallest),
-            cores=cluster.get("CPU", 0),
-            gpus=cluster.get("GPU", 0),
+            config.cluster, machines, rows=worker_rows(config, prepared.architecture, smallest)
         )
         most = workers if isinstance(workers, int) else workers[1]
         prepared = settle_streams(prepared, most)
