@@ -91,7 +91,8 @@ def train(
         if checkpoint is not None:
             state.load(checkpoint, identity=identity)
             streams.note_lost(state.lost)
-            context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
+            if state.epoch < config.train.epochs:
+                context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
     model = replicate(state.model, context)
 
     def commit(metrics: Mapping[str, Any], scores: ScoreTable | None = None) -> bool:

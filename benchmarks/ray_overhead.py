@@ -1,0 +1,264 @@
+"""What Ray costs: the same loop under torchrun and under Ray Train, two workers of one thread each.
+
+    python -m benchmarks.ray_overhead [--repeats 3] [--epochs 6] [--quick] [--json]
+
+Both run the product's own loop (`amint_ray.train.loop.train`) on the same data, seeds and settings;
+`torchrun` with nothing of Ray or MLflow in its processes. Measured are
+
+- steps per second within the epochs, the first left out, as a ratio;
+- seconds from the command to the end of the first step, and what the product's are made of;
+- the same rate while each epoch's checkpoint is brought to an S3 server on this machine (which
+  shares its cores) against no checkpoint in between;
+- one worker against two, at the same global batch and at the same batch a worker.
+
+Every way is run in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra.local.object_store import ObjectStore
+
+# ResNet-18 at 32 pixels on digits: a checkpoint of 134 MB, and epochs of some seconds.
+SETTINGS = [
+    *("digits", "model.backbone=resnet18", "model.options={}", "data.image_size=32"),
+    *("data.confounder_check=false", "train.checkpoint_every=1000", "mint.taps=middle"),
+]
+_EPOCHS_LEFT_OUT = 1
+
+
+class _Notes:
+    """A `Watcher` that keeps the time of everything."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, float]] = []
+        self.rates: list[float] = []
+        self.first_step: float | None = None
+
+    def phase(self, text: str) -> None:
+        self.phases.append((text, _since_start()))
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if self.first_step is None and event["phase"] == "train":
+            self.first_step = _since_start()
+        if event["phase"] == "epoch":
+            self.rates.append(event["train/steps_per_second"])
+
+    def notice(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def heartbeat(self) -> None:
+        pass
+
+    def document(self) -> dict[str, Any]:
+        return {"rates": self.rates, "first_step": self.first_step, "phases": self.phases}
+
+
+def _since_start() -> float:
+    """Seconds since the command was given."""
+    return time.time() - float(os.environ["AMINT_BENCHMARK_STARTED"])
+
+
+def _under_ray(settings: Sequence[str]) -> dict[str, Any]:
+    from amint_ray.config.load import load_config
+    from amint_ray.launch.train_run import Resume, run_training
+
+    notes = _Notes()
+    run_training(load_config(settings[0], settings[1:]), notes, resume=Resume(), verbose=False)
+    return notes.document()
+
+
+class _TorchrunContext:
+    """The loop's world under torchrun; a checkpoint goes to a folder that is thrown away."""
+
+    def __init__(self, notes: _Notes) -> None:
+        import torch
+
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device("cpu")
+        self.progress = notes.event
+
+    def report(
+        self,
+        metrics: Mapping[str, Any],
+        write_checkpoint: Callable[[Path], None],
+        *,
+        everywhere: bool = False,
+    ) -> bool:
+        if self.rank == 0 or everywhere:
+            with tempfile.TemporaryDirectory() as folder:
+                write_checkpoint(Path(folder))
+        return True
+
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        yield None
+
+
+def _under_torchrun(settings: Sequence[str]) -> dict[str, Any]:
+    import torch
+    from torch import distributed
+
+    from amint_ray.config.load import load_config
+    from amint_ray.data.loading import MemoryStreams
+    from amint_ray.launch.dataset import find_source, load_here
+    from amint_ray.model.joint import plan_architecture
+    from amint_ray.train.loop import train
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    notes = _Notes()
+    context = _TorchrunContext(notes)
+    config, source = find_source(load_config(settings[0], settings[1:]), notes)
+    dataset = load_here(config, source, notes)
+    assert dataset.images is not None
+    streams = MemoryStreams(
+        dataset.images,
+        dataset.index.manifest,
+        config,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+    )
+    architecture = plan_architecture(config, num_classes=len(dataset.index.class_names))
+    train(config, architecture, streams, context)
+    distributed.destroy_process_group()
+    return notes.document() if context.rank == 0 else {}
+
+
+def _measure(
+    way: str, settings: Sequence[str], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """One run in processes and a folder of its own."""
+    own = [sys.executable, "-m"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
+    command = [*own, *(torchrun if way == "torchrun" else []), "benchmarks.ray_overhead"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    with tempfile.TemporaryDirectory(prefix="amint-benchmark-") as folder:
+        answer = Path(folder) / "answer.json"
+        variables = {
+            **clean,
+            **(environment or {}),
+            "PYTHONPATH": str(Path.cwd()),
+            "OMP_NUM_THREADS": "1",
+            "AMINT_BENCHMARK_STARTED": str(time.time()),
+        }
+        done = subprocess.run(
+            [*command, "--one", way, str(answer), *settings],
+            cwd=folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{way} failed:\n{done.stderr}")
+        document: dict[str, Any] = json.loads(answer.read_text())
+    return document
+
+
+def _one(way: str, answer: str, settings: Sequence[str]) -> None:
+    document = _under_ray(settings) if way == "ray" else _under_torchrun(settings)
+    if document:
+        Path(answer).write_text(json.dumps(document))
+
+
+def _rate(document: Mapping[str, Any]) -> float:
+    return float(statistics.median(document["rates"][_EPOCHS_LEFT_OUT:]))
+
+
+def measure(repeats: int, epochs: int) -> dict[str, Any]:
+    """All ways in turn, so that a machine whose speed drifts hurts all alike."""
+    base = [*SETTINGS, f"train.epochs={epochs}"]
+    two, one = "cluster.workers=2", "cluster.workers=1"
+    uploads = [*base, two, "train.checkpoint_every=1"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    cpu_of_server = []
+
+    def run(name: str, way: str, settings: Sequence[str], **more: Any) -> None:
+        print(f"{name} …", file=sys.stderr)
+        found.setdefault(name, []).append(_measure(way, settings, **more))
+
+    for _ in range(repeats):
+        run("torchrun, 2 workers", "torchrun", [*base, two])
+        run("Ray Train, 2 workers", "ray", [*base, two])
+        run("Ray Train, 1 worker", "ray", [*base, one])
+        run("Ray Train, 1 worker, half the batch", "ray", [*base, one, "train.batch_size=32"])
+        with tempfile.TemporaryDirectory() as folder, ObjectStore(folder) as store:
+            store.make_bucket("runs")
+            to_s3 = [*uploads, "storage.path=s3://runs/x"]
+            run("uploading each epoch", "ray", to_s3, environment=store.environment)
+            assert store.pid is not None
+            cpu = psutil.Process(store.pid).cpu_times()
+            cpu_of_server.append(cpu.user + cpu.system)
+    rates = {name: [_rate(document) for document in runs] for name, runs in found.items()}
+    plain = rates["Ray Train, 2 workers"]
+
+    def ratio(over: list[float], under: list[float]) -> float:
+        return float(statistics.median(o / u for o, u in zip(over, under, strict=True)))
+
+    starts = {
+        name: statistics.median(document["first_step"] for document in found[name])
+        for name in ("torchrun, 2 workers", "Ray Train, 2 workers")
+    }
+    return {
+        "steps_per_second": rates,
+        "epoch_time_ray_over_torchrun": ratio(rates["torchrun, 2 workers"], plain),
+        "step_time_while_uploading_over_without": ratio(plain, rates["uploading each epoch"]),
+        "cpu_seconds_of_s3_server": statistics.median(cpu_of_server),
+        "speed_up_same_global_batch": ratio(plain, rates["Ray Train, 1 worker"]),
+        "speed_up_same_batch_a_worker": 2
+        * ratio(plain, rates["Ray Train, 1 worker, half the batch"]),
+        "seconds_to_first_step": starts,
+        "phases": found["Ray Train, 2 workers"][-1]["phases"]
+        + [("first step", found["Ray Train, 2 workers"][-1]["first_step"])],
+    }
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    lines = ["| way | steps a second, each run |", "|---|---|"]
+    for name, rates in found["steps_per_second"].items():
+        lines.append(f"| {name} | {', '.join(f'{rate:.2f}' for rate in rates)} |")
+    lines += ["", "| figure, median | value |", "|---|---|"]
+    for name, value in found.items():
+        if isinstance(value, float):
+            lines.append(f"| {name.replace('_', ' ')} | {value:.3f} |")
+    for name, value in found["seconds_to_first_step"].items():
+        lines.append(f"| seconds to the first step, {name} | {value:.1f} |")
+    lines += ["", "| begins, last run of Ray Train with 2 workers | after seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} |" for name, seconds in found["phases"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, and print Markdown tables or JSON."""
+    if sys.argv[1:2] == ["--one"]:
+        _one(sys.argv[2], sys.argv[3], sys.argv[4:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--quick", action="store_true", help="see whether it runs; no figures")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    repeats, epochs = (1, 2) if options.quick else (options.repeats, options.epochs)
+    found = measure(repeats, epochs)
+    print(json.dumps(found, indent=2) if options.json else _table(found))
+
+
+if __name__ == "__main__":
+    main()
