@@ -29,7 +29,7 @@ test: $(READY)  ## Lint and run every test.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 stack-up: $(READY)  ## Start Ray with three raylets, S3, PostgreSQL and MLflow on this machine.
 	@$(BIN)/python -m infra.local up

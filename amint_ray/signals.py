@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -56,7 +57,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     _signals.append(signum)
     if len(_signals) == 1:
         write("amint: stopping\n")
-        _raise_outside_of_imports(signum, frame)
+        _raise_at_a_safe_moment(signum, frame)
         return
     # An impatient second Ctrl-C must not leave Ray's processes behind; a third means it.
     if len(_signals) == 2:
@@ -71,23 +72,23 @@ def _raise() -> NoReturn:
     raise Stopped(_signals[0])
 
 
-def _raise_outside_of_imports(signum: int, frame: FrameType | None) -> None:
-    """Now, or as soon as no import is under way.
+def _raise_at_a_safe_moment(signum: int, frame: FrameType | None) -> None:
+    """Now, or as soon as no import is under way, nor a call of `logging`.
 
-    An exception in Python's own import code could leave a module's lock held; every thread that
-    imports the module would then wait for ever, and the command with it.
+    An exception in Python's own code for these could leave a lock held that every thread needs;
+    those would then wait for ever, and the command with them.
     """
     if _raised:  # by `raise_if_stopped`, meanwhile
         return
-    if not _is_importing(frame):
+    if not _holds_a_lock(frame):
         _raise()
-    signal.signal(signal.SIGALRM, _raise_outside_of_imports)
+    signal.signal(signal.SIGALRM, _raise_at_a_safe_moment)
     signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_TRY_AGAIN)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _holds_a_lock(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_filename.startswith(("<frozen importlib", logging.__file__)):
             return True
         frame = frame.f_back
     return False

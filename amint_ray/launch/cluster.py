@@ -12,8 +12,9 @@ from typing import Any
 
 from amint_ray.config.schema import Cluster
 from amint_ray.contracts import RunError, UserError, first_line
+from amint_ray.launch.time_limit import InOrder
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REPLACED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 # For a cluster of our own, whose only job is ours: Ray Train looks after its workers every 2 s by
 # default, and each report and the end of a run wait for the next look; nobody preempts a worker or
 # reads metrics from a dashboard. Ray copies these to the controller and the workers.
@@ -40,17 +41,21 @@ def local_cores() -> int:
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Give signals back to whoever had them: starting Ray replaces the handler of SIGTERM."""
+    """Give signals back to whoever had them.
+
+    Ray's compiled code replaces the handler of SIGTERM; one that comes meanwhile sets an alarm that
+    would abort this process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {signum: signal.getsignal(signum) for signum in _STOPPING}
+    handlers = {signum: signal.getsignal(signum) for signum in _REPLACED}
     try:
         yield
     finally:
+        signal.alarm(0)
         for signum, handler in handlers.items():
-            if handler is not None:
-                signal.signal(signum, handler)
+            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -70,11 +75,16 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[None]:
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(level)  # importing Ray set them to INFO
     options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
+    # What a signal raises must not come in the middle of Ray's start, which forks: Python drops it
+    # in a callback of the fork and leaves a lock of every logger held. One thread, which lives on,
+    # since what it starts ends with it.
+    rays_own = InOrder()
     try:
-        _start(address, options)
+        with _own_signal_handlers():
+            rays_own.submit(lambda: _start(address, options)).result()
         yield
     finally:
-        ray.shutdown()
+        rays_own.submit(ray.shutdown).result()
 
 
 def _start(address: str | None, options: dict[str, Any]) -> None:
@@ -84,8 +94,7 @@ def _start(address: str | None, options: dict[str, Any]) -> None:
     if address is None:
         where = {"address": "local", "num_cpus": local_cores(), "include_dashboard": False}
     try:
-        with _own_signal_handlers():
-            ray.init(**where, **options)
+        ray.init(**where, **options)
     except Exception as error:  # wrong token, another version, another program at the port …
         if address is None:
             raise RunError(f"Ray does not start on this machine: {first_line(error)}") from error
