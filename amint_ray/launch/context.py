@@ -16,6 +16,7 @@ import torch
 
 from amint_ray.contracts import first_line
 from amint_ray.launch.progress import Sender
+from amint_ray.launch.staging import Staging
 from amint_ray.train.reduce import gather_lists
 from amint_ray.train.state import DamagedCheckpointError, check_checkpoint
 
@@ -29,6 +30,7 @@ class RayContext:
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._sender = Sender(run)
+        self._staging = Staging()
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """Rank 0 speaks for all."""
@@ -49,11 +51,13 @@ class RayContext:
         if self.rank != 0 and not everywhere:
             ray.train.report(dict(metrics))
             return True
-        folder = tempfile.mkdtemp(prefix="amint-checkpoint-")
+        folder = None
         try:
-            write_checkpoint(Path(folder))
+            folder = self._staging.new_folder()
+            write_checkpoint(folder)
         except OSError as error:  # a full disk, mostly: no reason to lose what was trained
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             text = (
                 f"WARNING: a checkpoint could not be written to {tempfile.gettempdir()} of "
                 f"{socket.gethostname()}: {first_line(error)}; make room there, or set TMPDIR"
