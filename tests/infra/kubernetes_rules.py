@@ -83,6 +83,7 @@ _JOB |= dict.fromkeys(["preRunningDeadlineSeconds", "entrypointNumCpus"], _COUNT
 _JOB |= dict.fromkeys(["entrypointNumGpus", "entrypointResources", "metadata"], _ANY)
 _JOB |= dict.fromkeys(["submitterPodTemplate", "submitterConfig", "clusterSelector"], _ANY)
 _JOB |= dict.fromkeys(["managedBy", "deletionStrategy"], _ANY)
+_VISIBLE = "NVIDIA_VISIBLE_DEVICES"
 _WORKLOAD = {
     "type": "object",
     "required": ["selector", "template"],
@@ -116,6 +117,9 @@ def kubernetes_problems(trees: list[dict[str, Any]]) -> list[str]:
         for spec in mappings(tree):
             if "containers" in spec:
                 found += [f"{where}: {problem}" for problem in _pod_problems(spec, claims)]
+            head = spec.get("headGroupSpec", {}).get("rayStartParams", {"num-gpus": "0"})
+            if head.get("num-gpus") != "0":
+                found.append(f"{where}: Ray may count GPUs that the head does not have")
             if "groupName" in spec and not _in_order(spec):
                 found.append(f"{where}: {spec['groupName']}: minReplicas ≤ replicas ≤ maxReplicas")
     return [*found, *_selector_problems(trees)]
@@ -141,6 +145,10 @@ def _pod_problems(pod: dict[str, Any], claims: list[dict[str, Any]]) -> Iterator
             yield f"{name}: no limit to its memory"
         if requests.get("nvidia.com/gpu") != limits.get("nvidia.com/gpu"):
             yield f"{name}: GPUs are asked for in the limits, and then as many in the requests"
+        seen = [m["value"] for m in container.get("env", []) if m["name"] == _VISIBLE]
+        asks = "cuda" not in str(container.get("image")) or "nvidia.com/gpu" in limits
+        if not asks and seen != ["void"]:
+            yield f"{name}: sees the GPUs of its node without asking for one"
         if str(name).startswith("ray-"):
             shared = volumes.get(mounts.get("/dev/shm", ""), {}).get("emptyDir", {})
             if shared.get("medium") != "Memory":

@@ -43,7 +43,7 @@ def laptop(stack: LocalStack, **more: str) -> dict[str, str]:
     """All that whoever sends a job needs: neither S3's keys nor MLflow's address."""
     dropped = ("AWS_", "RAY_", "MLFLOW_TRACKING")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_DASHBOARD")
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS")
     return {**kept, **{name: stack.environment[name] for name in names}, **more}
 
 
@@ -97,7 +97,7 @@ def amint_submit(stack: LocalStack, folder: Path, *arguments: str, name: str) ->
 
 def ray_submit(stack: LocalStack, folder: Path, *arguments: str, name: str) -> Running:
     environment = ["--runtime-env", str(ROOT / "infra/runtime_env.yaml")]
-    where = ["--address", stack.environment["RAY_DASHBOARD"], "--submission-id", name]
+    where = ["--address", stack.environment["RAY_API_SERVER_ADDRESS"], "--submission-id", name]
     command = [*RAY, "submit", *where, *environment, "--", "amint", "train", "digits", *arguments]
     return Running(folder, command, laptop(stack))
 
@@ -196,7 +196,7 @@ def test_stopped_jobs_leave_no_workers_and_whole_checkpoints(
     assert len(train_processes(stack)) == 4
     interrupted.process.send_signal(signal.SIGINT)
     stop = subprocess.run(
-        [*RAY, "stop", "--address", stack.environment["RAY_DASHBOARD"], "stopped"],
+        [*RAY, "stop", "--address", stack.environment["RAY_API_SERVER_ADDRESS"], "stopped"],
         env=laptop(stack),
         capture_output=True,
         text=True,
