@@ -6,6 +6,7 @@ This module and those of ours that it imports at its head travel to the nodes as
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -195,9 +196,14 @@ def _write_read_delete(address: str, seconds: float) -> str:
         name, content = f".amint-probe-{uuid.uuid4().hex}", os.urandom(64)
         with storage.write_atomically(place, name) as file:
             file.write(content)
-        with storage.open_input(place, name) as file:
-            if file.read() != content:
-                raise Wrong(f"{address}: gives back something else than was written")
+        try:
+            with storage.open_input(place, name) as file:
+                if file.read() != content:
+                    raise Wrong(f"{address}: gives back something else than was written")
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                storage.delete(place, name)
+            raise
         storage.delete(place, name)
     except OSError as error:
         raise Wrong(f"storage.path: {error}") from None

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 # `?signature=`, as in an address that was signed, opens what it names, too.
-_NAME = r"SECRET|PASSW|PASSPHRASE|TOKEN(?!IZ)|CREDENTIAL|SIGNATURE|KEY(?!BOARD|WORD)"
+_NAME = (
+    r"SECRET|PASSW|PASSPHRASE|TOKEN(?!IZ)|CREDENTIAL|SIGNATURE|KEY(?!BOARD|WORD)"
+    r"|AUTHORIZATION|(?<=\w)(?<!OLD)PWD"  # PWD and OLDPWD are working directories
+)
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _NAME_OF_A_PATH = re.compile(r"_(PATH|FILE|DIR)$", re.IGNORECASE)
 # The password may hold a slash, as AWS's often do; `host:80/a@b` has none.
@@ -26,6 +29,7 @@ _SECRET_VALUES = (
     re.compile(r"\b(?:gh[opsu]_|github_pat_|hf_|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}"),
     re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}"),  # a JSON web token
     re.compile(r"\bBearer\s+\S{8,}"),
+    re.compile(r"\bBasic\s+(?=\S*\d)[\w+/]{8,}=*"),  # user:password in base 64
 )
 _ASSIGNMENT = re.compile(r"(?:^|[\s;=])([A-Za-z_]\w*)=(\S+)")
 _SHORTEST = 6

@@ -26,7 +26,7 @@ _UNREACHED = "no server was reached at {server}; start it, or correct AWS_ENDPOI
 _REASONS = {
     "NoSuchBucket": "{server} has no bucket {bucket!r}; make it, or name one that is there",
     "AccessDenied": "{server} denied it; the credentials need s3:ListBucket, s3:GetObject and, "
-    "to write, s3:PutObject on bucket {bucket!r}",
+    "to write, s3:PutObject and s3:DeleteObject on bucket {bucket!r}",
     "InvalidAccessKeyId": _REFUSED,
     "SignatureDoesNotMatch": _REFUSED,
     "InvalidToken": _REFUSED,

@@ -60,7 +60,11 @@ def check_tracking(uri: str) -> None:
     try:
         parts = urllib.parse.urlsplit(uri)
     except ValueError as error:
-        raise UserError(f"tracking: MLFLOW_TRACKING_URI={uri!r}: {first_line(error)}") from error
+        # Neither the address nor the error, which may repeat it: it cannot be told from a password.
+        raise UserError(
+            "tracking: MLFLOW_TRACKING_URI is no address; in a user's name or password write "
+            "what is neither letter nor digit as %XX (urllib.parse.quote does)"
+        ) from error
     if parts.scheme in ("http", "https"):
         _check_server(uri, parts)
     elif parts.scheme == "sqlite":

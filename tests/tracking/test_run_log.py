@@ -167,6 +167,12 @@ def test_a_port_where_something_else_answers_is_told_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_an_address_that_is_none_is_not_shown_for_it_may_hold_a_password() -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is no address") as caught:
+        check_tracking("postgresql://me:hunt[er2@host/db")
+    assert "er2" not in str(caught.value)
+
+
 def test_a_database_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     path.write_text("this is no database, and long enough to be read as one" * 40)
