@@ -141,8 +141,8 @@ def write_atomically(location: Location, relative: str) -> Iterator[IO[bytes]]:
     """A file to write to, which appears under its name when the body has ended without an error.
 
     Locally, folders are made as needed and the file is written beside its final place under a name
-    that begins with a dot. For S3 it is kept in the local temporary folder until the end, and must
-    not be closed by the body.
+    that begins with a dot. For S3 it is kept in the local temporary folder until the end. The body
+    must not close it.
 
     Raises:
         OSError: it cannot be written; no trace is left.
@@ -161,6 +161,8 @@ def write_atomically(location: Location, relative: str) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("xb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves the name without the content
         temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
