@@ -217,7 +217,7 @@ def test_credentials_that_do_not_do(
         (
             saying(403, "<Error><Code>AccessDenied</Code><Message>no</Message></Error>"),
             "denied it; the credentials need s3:ListBucket, s3:GetObject and, to write, "
-            "s3:PutObject on bucket",
+            "s3:PutObject and s3:DeleteObject on bucket",
         ),
         (saying(503, "<Error><Code>SlowDown</Code></Error>"), "cannot be used (SlowDown, 503)"),
         (
