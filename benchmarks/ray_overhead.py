@@ -5,10 +5,12 @@
 Both run the product's own loop (`amint_ray.train.loop.train`) on the same data, seeds and settings;
 `torchrun` with nothing of Ray or MLflow in its processes. Measured are
 
-- steps per second within the epochs, the first left out, as a ratio;
+- an epoch's time, which is all of the loop's seconds over its epochs, with a checkpoint behind
+  each: written to a folder that is thrown away by torchrun, and brought to `storage.path` on the
+  same disk under Ray;
 - seconds from the command to the end of the first step, and what the product's are made of;
-- the same rate while each epoch's checkpoint is brought to an S3 server on this machine (which
-  shares its cores) against no checkpoint in between;
+- an epoch's and a step's time while each epoch's checkpoint is brought to an S3 server on this
+  machine (which shares its cores) against no checkpoint in between;
 - one worker against two, at the same global batch and at the same batch a worker.
 
 Every way is run in turn.
@@ -34,9 +36,11 @@ import psutil
 from infra.local.object_store import ObjectStore
 
 # ResNet-18 at 32 pixels on digits: a checkpoint of 134 MB, and epochs of some seconds.
+BATCH = 64
 SETTINGS = [
     *("digits", "model.backbone=resnet18", "model.options={}", "data.image_size=32"),
-    *("data.confounder_check=false", "train.checkpoint_every=1000", "mint.taps=middle"),
+    "data.shares={member: 0.5, withheld: 0.04, external: 0.26, calibration: 0.08, test: 0.12}",
+    *("data.confounder_check=false", "mint.taps=middle", f"train.batch_size={BATCH}"),
 ]
 _EPOCHS_LEFT_OUT = 1
 
@@ -64,8 +68,13 @@ class _Notes:
     def heartbeat(self) -> None:
         pass
 
-    def document(self) -> dict[str, Any]:
-        return {"rates": self.rates, "first_step": self.first_step, "phases": self.phases}
+    def document(self, seconds: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "rates": self.rates,
+            "train_seconds": seconds["train"],
+            "first_step": self.first_step,
+            "phases": self.phases,
+        }
 
 
 def _since_start() -> float:
@@ -78,8 +87,9 @@ def _under_ray(settings: Sequence[str]) -> dict[str, Any]:
     from amint_ray.launch.train_run import Resume, run_training
 
     notes = _Notes()
-    run_training(load_config(settings[0], settings[1:]), notes, resume=Resume(), verbose=False)
-    return notes.document()
+    config = load_config(settings[0], settings[1:])
+    done = run_training(config, notes, resume=Resume(), verbose=False)
+    return notes.document(done["seconds"])
 
 
 class _TorchrunContext:
@@ -135,9 +145,9 @@ def _under_torchrun(settings: Sequence[str]) -> dict[str, Any]:
         device=context.device,
     )
     architecture = plan_architecture(config, num_classes=len(dataset.index.class_names))
-    train(config, architecture, streams, context)
+    trained = train(config, architecture, streams, context)
     distributed.destroy_process_group()
-    return notes.document() if context.rank == 0 else {}
+    return notes.document(trained.seconds) if context.rank == 0 else {}
 
 
 def _measure(
@@ -185,63 +195,74 @@ def measure(repeats: int, epochs: int) -> dict[str, Any]:
     """All ways in turn, so that a machine whose speed drifts hurts all alike."""
     base = [*SETTINGS, f"train.epochs={epochs}"]
     two, one = "cluster.workers=2", "cluster.workers=1"
-    uploads = [*base, two, "train.checkpoint_every=1"]
+    none, each = "train.checkpoint_every=1000", "train.checkpoint_every=1"
     found: dict[str, list[dict[str, Any]]] = {}
     cpu_of_server = []
 
-    def run(name: str, way: str, settings: Sequence[str], **more: Any) -> None:
+    def run(name: str, way: str, *settings: str, **more: Any) -> None:
         print(f"{name} …", file=sys.stderr)
-        found.setdefault(name, []).append(_measure(way, settings, **more))
+        found.setdefault(name, []).append(_measure(way, [*base, *settings], **more))
 
     for _ in range(repeats):
-        run("torchrun, 2 workers", "torchrun", [*base, two])
-        run("Ray Train, 2 workers", "ray", [*base, two])
-        run("Ray Train, 1 worker", "ray", [*base, one])
-        run("Ray Train, 1 worker, half the batch", "ray", [*base, one, "train.batch_size=32"])
+        run("torchrun", "torchrun", two, each)
+        run("Ray", "ray", two, each)
+        run("Ray, no checkpoint", "ray", two, none)
         with tempfile.TemporaryDirectory() as folder, ObjectStore(folder) as store:
             store.make_bucket("runs")
-            to_s3 = [*uploads, "storage.path=s3://runs/x"]
-            run("uploading each epoch", "ray", to_s3, environment=store.environment)
+            to_s3 = "storage.path=s3://runs/x"
+            run("Ray, uploading", "ray", two, each, to_s3, environment=store.environment)
             assert store.pid is not None
             cpu = psutil.Process(store.pid).cpu_times()
             cpu_of_server.append(cpu.user + cpu.system)
+        run("Ray, 1 worker", "ray", one, none)
+        run("Ray, 1 worker, half the batch", "ray", one, none, f"train.batch_size={BATCH // 2}")
     rates = {name: [_rate(document) for document in runs] for name, runs in found.items()}
-    plain = rates["Ray Train, 2 workers"]
+    epoch = {name: [run["train_seconds"] / epochs for run in runs] for name, runs in found.items()}
 
-    def ratio(over: list[float], under: list[float]) -> float:
-        return float(statistics.median(o / u for o, u in zip(over, under, strict=True)))
+    def ratio(over: Sequence[float], under: Sequence[float], times: float = 1.0) -> list[float]:
+        return [times * o / u for o, u in zip(over, under, strict=True)]
 
-    starts = {
-        name: statistics.median(document["first_step"] for document in found[name])
-        for name in ("torchrun, 2 workers", "Ray Train, 2 workers")
-    }
+    plain = rates["Ray, no checkpoint"]
     return {
         "steps_per_second": rates,
-        "epoch_time_ray_over_torchrun": ratio(rates["torchrun, 2 workers"], plain),
-        "step_time_while_uploading_over_without": ratio(plain, rates["uploading each epoch"]),
-        "cpu_seconds_of_s3_server": statistics.median(cpu_of_server),
-        "speed_up_same_global_batch": ratio(plain, rates["Ray Train, 1 worker"]),
-        "speed_up_same_batch_a_worker": 2
-        * ratio(plain, rates["Ray Train, 1 worker, half the batch"]),
-        "seconds_to_first_step": starts,
-        "phases": found["Ray Train, 2 workers"][-1]["phases"]
-        + [("first step", found["Ray Train, 2 workers"][-1]["first_step"])],
+        "epoch_seconds": epoch,
+        "ratios": {
+            "epoch time, Ray over torchrun": ratio(epoch["Ray"], epoch["torchrun"]),
+            "step time, Ray over torchrun": ratio(rates["torchrun"], rates["Ray"]),
+            "step time, uploading over not": ratio(plain, rates["Ray, uploading"]),
+            "epoch time, uploading over not": ratio(
+                epoch["Ray, uploading"], epoch["Ray, no checkpoint"]
+            ),
+            "speed, 2 workers over 1, same batch": ratio(plain, rates["Ray, 1 worker"]),
+            "speed, 2 workers over 1, same batch a worker": ratio(
+                plain, rates["Ray, 1 worker, half the batch"], times=2.0
+            ),
+        },
+        "cpu_seconds_of_s3_server": cpu_of_server,
+        "seconds_to_first_step": {
+            name: [document["first_step"] for document in found[name]]
+            for name in ("torchrun", "Ray")
+        },
+        "phases": [*found["Ray"][-1]["phases"], ("first step", found["Ray"][-1]["first_step"])],
     }
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    lines = ["| way | steps a second, each run |", "|---|---|"]
+    lines = ["| way, 2 workers | steps a second | seconds an epoch |", "|---|---|---|"]
     for name, rates in found["steps_per_second"].items():
-        lines.append(f"| {name} | {', '.join(f'{rate:.2f}' for rate in rates)} |")
-    lines += ["", "| figure, median | value |", "|---|---|"]
-    for name, value in found.items():
-        if isinstance(value, float):
-            lines.append(f"| {name.replace('_', ' ')} | {value:.3f} |")
-    for name, value in found["seconds_to_first_step"].items():
-        lines.append(f"| seconds to the first step, {name} | {value:.1f} |")
-    lines += ["", "| begins, last run of Ray Train with 2 workers | after seconds |", "|---|---|"]
+        lines.append(f"| {name} | {_spread(rates)} | {_spread(found['epoch_seconds'][name])} |")
+    lines += ["", "| figure, median (least to most) | value |", "|---|---|"]
+    lines += [f"| {name} | {_spread(values)} |" for name, values in found["ratios"].items()]
+    for name, values in found["seconds_to_first_step"].items():
+        lines.append(f"| seconds to the first step, {name} | {_spread(values)} |")
+    lines.append(f"| CPU seconds of the S3 server | {_spread(found['cpu_seconds_of_s3_server'])} |")
+    lines += ["", "| begins, last run under Ray | after seconds |", "|---|---|"]
     lines += [f"| {name} | {seconds:.1f} |" for name, seconds in found["phases"]]
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def main() -> None:
