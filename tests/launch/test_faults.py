@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -60,6 +59,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         yield running
 
 
+def all_nodes(stack: LocalStack) -> None:
+    """A test may have lost one."""
+    for name in ("worker-1", "worker-2"):
+        if name not in stack.nodes:
+            stack.add_node(name)
+
+
 def train_workers(folder: Path) -> list[psutil.Process]:
     """Ray Train's workers on a stack's nodes."""
     found = []
@@ -73,20 +79,38 @@ def train_workers(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def epochs_told(command: Command) -> int:
-    return max(map(int, re.findall(r"epoch (\d+) ", command.stderr)), default=0)
+def newest_checkpoint(folder: Path) -> str:
+    """The name, which is a date, of the newest one that is whole; "" where there is none."""
+    found = [file.parent.name for file in folder.rglob("checkpoint_*/state.json")]
+    return max(found, default="")
 
 
-def test_worker_node_and_storage_die_and_the_run_ends_as_if_nothing_had_happened(
+def storage_dies_in_mid_upload(stack: LocalStack, *, seconds: float) -> None:
+    """Halted until an upload has begun, which is soon; then killed, and away for a while."""
+    assert stack.object_store.pid is not None
+    server = psutil.Process(stack.object_store.pid)
+    server.suspend()
+    time.sleep(5)  # several epochs, each with a checkpoint
+    server.kill()
+    server.wait()
+    stack.object_store.stop()
+    time.sleep(seconds)
+    stack.object_store.start()
+
+
+def test_killed_three_times_and_without_storage_a_run_ends_as_if_nothing_had_happened(
     stack: LocalStack, undisturbed: bytes, tmp_path: Path
 ) -> None:
-    """On object storage, below a name with a space and an umlaut."""
+    """Two workers and a node; on object storage, below a name with a space and an umlaut."""
     arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/my rüns"]
     command = Command(tmp_path, arguments, environment=stack.environment)
-    command.wait_until(lambda: epochs_told(command) > 0)
-    train_workers(stack.folder)[-1].kill()
-    seen = len(re.findall("epoch ", command.stderr))
-    command.wait_until(lambda: len(re.findall("epoch ", command.stderr)) > seen + 1)
+    bucket = stack.folder / "s3/buckets/amint/my rüns"
+    for _ in range(2):
+        seen = newest_checkpoint(bucket)
+        command.wait_until(lambda before=seen: newest_checkpoint(bucket) > before)
+        train_workers(stack.folder)[-1].kill()
+    seen = newest_checkpoint(bucket)
+    command.wait_until(lambda: newest_checkpoint(bucket) > seen)
     node = next(
         name
         for name, server in stack.nodes.items()
@@ -95,14 +119,12 @@ def test_worker_node_and_storage_die_and_the_run_ends_as_if_nothing_had_happened
         and any("TrainWorker" in " ".join(p.cmdline()) for p in server.process.children(True))
     )
     stack.remove_node(node, signal.SIGKILL)
-    command.wait_until(lambda: len(train_workers(stack.folder)) == 2)
-    stack.object_store.stop()
-    time.sleep(6)
-    stack.object_store.start()
+    seen = newest_checkpoint(bucket)
+    command.wait_until(lambda: newest_checkpoint(bucket) > seen)
+    storage_dies_in_mid_upload(stack, seconds=30)
     document = command.document()
     assert document["workers"] == 2
     assert command.leftovers() == []
-    bucket = stack.folder / "s3/buckets/amint/my rüns"
     assert weights(bucket) == undisturbed
     assert len(list(bucket.rglob("checkpoint_*/state.json"))) == 2
     assert not list((bucket / "unfinished").rglob("*.json"))
@@ -115,9 +137,7 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     stack: LocalStack, tmp_path: Path
 ) -> None:
     """A sharded model: each number of workers takes the checkpoint of the one before."""
-    for name in ("worker-1", "worker-2"):
-        if name not in stack.nodes:
-            stack.add_node(name)
+    all_nodes(stack)
     settings = ["train.parallel=fsdp", "cluster.workers=[1,3]", "cluster.resize_seconds=2"]
     arguments = [*RUN, *settings, "storage.path=s3://amint/elastic"]
     command = Command(tmp_path, arguments, environment=stack.environment)
@@ -173,28 +193,32 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: bytes, tmp_p
 
 
 def test_the_same_command_goes_on_where_a_killed_driver_was(
-    undisturbed: bytes, tmp_path: Path
+    stack: LocalStack, undisturbed: bytes, tmp_path: Path
 ) -> None:
     """And takes the checkpoint before one that was cut short."""
-    arguments = [*RUN, "cluster.workers=2"]
-    killed = Command(tmp_path, arguments)
-    killed.wait_until(lambda: len(list(tmp_path.rglob("checkpoint_*/state.json"))) == 2)
+    arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/resumed"]
+    bucket = stack.folder / "s3/buckets/amint/resumed"
+    killed = Command(tmp_path, arguments, environment=stack.environment)
+    killed.wait_until(lambda: len(list(bucket.rglob("checkpoint_*/state.json"))) == 2)
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert killed.leftovers() == []
-    newest = max(tmp_path.rglob("checkpoint_*/optimizer.pt"), key=lambda path: path.parent.name)
-    newest.write_bytes(newest.read_bytes()[:100])
-    (run,) = (tmp_path / "amint_runs").glob("digits-*")
+    psutil.wait_procs(train_workers(stack.folder), timeout=30)
+    assert train_workers(stack.folder) == []
+    newest = bucket.rglob(f"{newest_checkpoint(bucket)}/optimizer.pt")
+    for file in newest:
+        file.write_bytes(file.read_bytes()[:100])
+    (run,) = bucket.glob("digits-*")
 
-    command = Command(tmp_path, arguments)
+    command = Command(tmp_path, arguments, environment=stack.environment)
     document = command.document()
     assert f"going on with run {run.name}" in command.stderr
     assert "optimizer.pt is not as it was written; the one before it is taken" in command.stderr
     assert document["run_name"] == run.name
     assert document["resumed"] is True
-    assert weights(tmp_path / "amint_runs") == undisturbed
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    (only,) = mlflow.MlflowClient(uri).search_runs(["1"])
+    assert weights(bucket) == undisturbed
+    client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
+    (only,) = client.search_runs(["1"], f"attributes.run_name = '{run.name}'")
     assert (only.info.run_id, only.info.status) == (document["run_id"], "FINISHED")
-    assert told(uri, document["run_id"]) == ONCE
+    assert told(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"]) == ONCE
     assert command.leftovers() == []
