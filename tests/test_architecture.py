@@ -175,6 +175,15 @@ ALLOWED = {
 }
 
 
+def test_the_page_names_every_module_and_files_beside_the_package_stay_short() -> None:
+    page = (PACKAGE.parent / "docs/architecture.md").read_text()
+    for path in PACKAGE.rglob("*.py"):
+        assert path.name in page or path.name == "__init__.py", path
+    for folder in ("infra", "benchmarks"):
+        for path in (PACKAGE.parent / folder).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= MAX_LINES, path
+
+
 def test_checker_finds_each_planted_violation_and_nothing_else(tmp_path: Path) -> None:
     sources = {name: code for name, (code, _) in PLANTED.items()} | ALLOWED
     for name, code in sources.items():
