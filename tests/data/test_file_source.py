@@ -234,7 +234,7 @@ def test_a_server_that_keeps_silent_is_waited_for_once(silent: list[str]) -> Non
         started = time.monotonic()
         with pytest.raises(OSError, match=r"^s3://odd/x/\d+\.jpg: (did not arrive|cannot be read)"):
             source.read(0, range(60))
-        assert time.monotonic() - started < 0.5 * 4 + 4  # time to read the others, too
+        assert time.monotonic() - started < 30  # one after the other: sixty times two seconds
         asked = [store.asked[name] for name in silent if name in store.asked]
         assert len(asked) <= 16 and max(asked) <= 3
 

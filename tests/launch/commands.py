@@ -105,6 +105,6 @@ class Command:
         return found
 
     def leftovers(self) -> list[str]:
-        """What still runs a few seconds after the command ended."""
-        psutil.wait_procs(self.descendants(), timeout=10)
+        """What still runs when the command has ended and all have had the time to end, too."""
+        psutil.wait_procs(self.descendants(), timeout=60)
         return [" ".join(process.cmdline())[:120] for process in self.descendants()]

@@ -42,13 +42,13 @@ def test_a_check_that_fails_or_hangs_does_not_end_the_others(
         raise Wrong("do this")
 
     def hangs() -> str:
-        time.sleep(5)
+        time.sleep(20)
         return "late"
 
     started = time.monotonic()
     checks = {"hangs": hangs, "also": hangs, "fails": fails, "finds": finds, "is": lambda: "well"}
     found = run_checks(checks, 0.3)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 15
     assert found == [
         {"name": "hangs", "ok": False, "said": "no answer within 0.3 s"},
         {"name": "also", "ok": False, "said": "no answer within 0.3 s"},
@@ -200,7 +200,7 @@ def test_an_address_at_which_nobody_or_somebody_else_listens() -> None:
         silent.listen()
         started = time.monotonic()
         assert "not as a Ray cluster does" in wrong(doctor._reach, address, 3.0)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 30
 
 
 def test_a_token_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

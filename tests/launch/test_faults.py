@@ -203,7 +203,7 @@ def test_the_same_command_goes_on_where_a_killed_driver_was(
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert killed.leftovers() == []
-    psutil.wait_procs(train_workers(stack.folder), timeout=30)
+    psutil.wait_procs(train_workers(stack.folder), timeout=60)
     assert train_workers(stack.folder) == []
     newest = bucket.rglob(f"{newest_checkpoint(bucket)}/optimizer.pt")
     for file in newest:
