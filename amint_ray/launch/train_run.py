@@ -107,6 +107,7 @@ def run_training(
         most = workers if isinstance(workers, int) else workers[1]
         prepared = settle_streams(prepared, most)
         with (
+            contextlib.ExitStack() as after_the_last_beat,
             alive(asked, prepared.storage, prepared.run_name),
             recording(prepared, asked, watcher) as run,
         ):
@@ -117,7 +118,8 @@ def run_training(
             try:
                 fitted = fit(prepared, data, run, watcher, workers=workers, use_gpu=use_gpu)
             except DivergedError:
-                finish(asked, prepared.storage, prepared.run_name)  # it would end the same way
+                # It would end the same way again.
+                after_the_last_beat.callback(finish, asked, prepared.storage, prepared.run_name)
                 raise
             for phase, seconds in fitted.seconds.items():
                 clock.add(phase, seconds)
@@ -144,11 +146,11 @@ def run_training(
 def _earlier_run(
     config: Config, storage: Location, watcher: Watcher, resume: Resume
 ) -> RunRecord | None:
-    if resume.run_name is not None:
-        return open_run(config, storage, resume.run_name, force=resume.force)
     if resume.never:
         return None
     try:
+        if resume.run_name is not None:
+            return open_run(config, storage, resume.run_name, watcher, force=resume.force)
         return find_unfinished(config, storage, watcher)
     except OSError as error:
         raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error

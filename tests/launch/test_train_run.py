@@ -289,6 +289,7 @@ def test_a_run_that_diverges_fails_in_one_line(tmp_path: Path) -> None:
     assert command.stdout == ""
     assert statuses(tmp_path) == ["FAILED"]
     assert command.leftovers() == []
+    assert not (tmp_path / "amint_runs/unfinished").exists()  # or the same command took it up again
 
 
 def statuses(folder: Path) -> list[str]:
