@@ -218,8 +218,8 @@ def _told(keys: list[str], differing: dict[str, tuple[Any, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def alive(config: Config, storage: Location, run_name: str) -> Iterator[None]:
-    """Let others see that this driver lives, while the body runs.
+def alive(config: Config, storage: Location, run_name: str) -> Iterator[Location]:
+    """Let others see that this driver lives, while the body runs, by a file; gives its location.
 
     The sign stays when the body has ended; `finish` removes it where the next command of the same
     kind is not to go on with the run.
@@ -242,7 +242,7 @@ def alive(config: Config, storage: Location, run_name: str) -> Iterator[None]:
     thread = threading.Thread(target=go_on, daemon=True, name="alive")
     thread.start()
     try:
-        yield
+        yield folder.below(f"{run_name}.json")
     finally:
         stop.set()
         thread.join(_SECONDS_TO_STOP)  # storage may be away

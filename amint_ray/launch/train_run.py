@@ -89,26 +89,25 @@ def run_training(
     watcher.phase("starting Ray")
     address = address_of(config.cluster)
     with clock.around("ray", connect(address, verbose=verbose)):
-        machines = machines_of_cluster()
         if address is not None:
             with clock.phase("wait"):
-                machines = wait_for_room(config.cluster, watcher)
+                wait_for_room(config.cluster, watcher)
         if prepared is None:
             with clock.phase("data"):
                 dataset = index_on_ray(config, source, checked.storage, watcher)
                 prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
         smallest = smallest_step(prepared.dataset.index.manifest, config)
-        machines = (
-            machines_of_cluster() if address is None else wait_for_room(config.cluster, watcher)
-        )
-        workers, use_gpu = plan_workers(
-            config.cluster, machines, rows=worker_rows(config, prepared.architecture, smallest)
+        rows = worker_rows(config, prepared.architecture, smallest)
+        workers, use_gpu = (
+            plan_workers(config.cluster, machines_of_cluster(), rows=rows)
+            if address is None
+            else wait_for_room(config.cluster, watcher, rows=rows)
         )
         most = workers if isinstance(workers, int) else workers[1]
         prepared = settle_streams(prepared, most)
         with (
             contextlib.ExitStack() as after_the_last_beat,
-            alive(asked, prepared.storage, prepared.run_name),
+            alive(asked, prepared.storage, prepared.run_name) as sign,
             recording(prepared, asked, watcher) as run,
         ):
             from amint_ray.launch.fit import DivergedError, fit
@@ -116,7 +115,15 @@ def run_training(
 
             data, prepared = share(prepared)
             try:
-                fitted = fit(prepared, data, run, watcher, workers=workers, use_gpu=use_gpu)
+                fitted = fit(
+                    prepared,
+                    data,
+                    run,
+                    watcher,
+                    workers=workers,
+                    use_gpu=use_gpu,
+                    sign=sign.path,
+                )
             except DivergedError:
                 # It would end the same way again.
                 after_the_last_beat.callback(finish, asked, prepared.storage, prepared.run_name)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launch.silent import Silent
 
 from amint_ray.config.load import load_config, training_fingerprint
 from amint_ray.config.schema import Config
@@ -26,20 +27,6 @@ from amint_ray.storage import Location, locate
 from infra.local.object_store import ObjectStore
 
 CONFIG = load_config("digits")
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.phases: list[str] = []
-
-    def phase(self, text: str) -> None:
-        self.phases.append(text)
-
-    def event(self, event: object) -> None: ...
-
-    def notice(self, text: str) -> None: ...
-
-    def heartbeat(self) -> None: ...
 
 
 @pytest.fixture
