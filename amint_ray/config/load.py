@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -78,6 +79,7 @@ def fingerprint(config: Config) -> str:
 
 HARMLESS = (
     "data.confounder_check",
+    "data.external.path",
     "data.max_bad_fraction",
     "data.memory_gib",
     "data.path",
@@ -96,8 +98,8 @@ def training_fingerprint(config: Config) -> str:
     """16 hex digits over everything that can change the weights."""
     values = config.model_dump(mode="json", exclude=set(ELSEWHERE))
     for key in HARMLESS:
-        section, _, name = key.partition(".")
-        values[section].pop(name) if name else values.pop(section)
+        *sections, name = key.split(".")
+        functools.reduce(dict.__getitem__, sections, values).pop(name)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

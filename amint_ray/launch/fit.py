@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 import statistics
 import threading
 import time
@@ -17,10 +18,13 @@ from pyarrow.fs import FileSelector
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from amint_ray.config.schema import Storage
-from amint_ray.contracts import RunError, Watcher
+from amint_ray.contracts import RunError, UserError, Watcher
+from amint_ray.launch.cluster import address_of
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.progress import Receiver
 from amint_ray.launch.recording import Recording
+from amint_ray.launch.snapshot import mend_snapshot
+from amint_ray.launch.waiting import Waiting
 from amint_ray.launch.worker import train_worker
 from amint_ray.storage import Location
 from amint_ray.tracking.run_log import RunLog
@@ -59,6 +63,7 @@ def fit(
     *,
     workers: int | tuple[int, int],
     use_gpu: bool,
+    sign: str,
 ) -> Fitted:
     """Train on `workers` processes.
 
@@ -70,11 +75,20 @@ def fit(
         watcher: gets the loop's news.
         workers: how many; (fewest, most) where their number may change in mid-run.
         use_gpu: whether each has one.
+        sign: path of a file in storage, which all nodes of a cluster must see.
 
     Raises:
+        UserError: one does not see it.
         RunError: the training failed for good.
     """
     config, storage = prepared.config, prepared.storage
+    joined = address_of(config.cluster) is not None
+    fewest = workers if isinstance(workers, int) else workers[0]
+    receiver = Receiver(prepared.run_name)
+    receiver.close()  # a try of this run that was killed may have left word that it gave up
+    if prepared.earlier is not None:
+        run_folder = storage.below(prepared.run_name)
+        mend_snapshot(run_folder, watcher, keep_best=config.storage.keep_best)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -83,6 +97,8 @@ def fit(
             "architecture": prepared.architecture,
             "manifest": prepared.dataset.index.manifest.fingerprint,
             "data": data,
+            # On object storage, and on one machine, there is nothing to be found out.
+            "sign": sign if joined and not storage.remote else None,
         },
         torch_config=TorchConfig(
             backend=None if config.cluster.backend == "auto" else config.cluster.backend
@@ -100,16 +116,28 @@ def fit(
             storage_filesystem=storage.filesystem if storage.remote else None,
             checkpoint_config=_checkpoint_config(config.storage),
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+            callbacks=[Waiting(prepared.run_name, config.cluster, fewest)] if joined else [],
         ),
     )
     number = workers if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
     watcher.phase(f"starting {number} worker{'' if number == 1 else 's'}")
     called = time.time()
     running = _InThread(trainer.fit)
-    logged = _follow(running, Receiver(prepared.run_name), run, watcher)
+    try:
+        logged = _follow(running, receiver, run, watcher)
+    finally:
+        with contextlib.suppress(Exception):  # which must not hide why this ends
+            receiver.close()
     returned = time.time()
     result = running.result()
     home = result.return_value
+    if "unseen" in home:
+        nodes = ", ".join(home["unseen"])
+        raise UserError(
+            f"storage.path = {config.storage.path!r}: node {nodes} does not see what "
+            f"{socket.gethostname()} keeps in {storage.path}; name a folder that all nodes share, "
+            "or s3://BUCKET/PREFIX"
+        )
     if "failed" in home:
         kind = DivergedError if home["diverged"] else RunError
         raise kind(f"training failed: {home['failed']}")
@@ -152,7 +180,6 @@ def _follow(running: _InThread, receiver: Receiver, run: Recording, watcher: Wat
                     logged = int(event["epoch"])
         if not done:
             time.sleep(_SECONDS_BETWEEN_POLLS)
-    receiver.close()
     return run.ask(RunLog.last_epoch) if logged is None else logged
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from amint_ray.config.schema import Cluster
-from amint_ray.contracts import RunError, UserError, Watcher
+from amint_ray.contracts import UserError, Watcher
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_BE_FREE = 1.0
+"""After which what tasks of our own had is told as free."""
 
 
 class Machine(NamedTuple):
@@ -68,15 +70,49 @@ def room_on(config: Cluster, machines: Sequence[Machine], *, use_gpu: bool) -> i
     )
 
 
-def _too_small(config: Cluster, machines: Sequence[Machine], wanted: int, *, use_gpu: bool) -> str:
-    cores, gpus = sum(m.cores for m in machines), sum(m.gpus for m in machines)
-    room = room_on(config, machines, use_gpu=use_gpu)
-    on = f" on {len(machines)} nodes" if len(machines) > 1 else ""
+def lacks(
+    config: Cluster, machines: Sequence[Machine], free: Sequence[Machine], fewest: int
+) -> str | None:
+    """What there is too little of for so many workers, in words; None: nothing.
+
+    Args:
+        config: what each needs.
+        machines: what the cluster's nodes have.
+        free: what nobody uses of it, node by node.
+        fewest: how many there must be.
+    """
+    use_gpu = wants_gpus(config, machines)
+    if room_on(config, machines, use_gpu=use_gpu) < fewest:
+        return _too_small(config, machines, fewest, use_gpu=use_gpu)
+    if (room := room_on(config, free, use_gpu=use_gpu)) >= fewest:
+        return None
     return (
-        f"cluster.workers = {wanted}: the cluster has {cores:g} cores and {gpus:g} GPUs{on}, room "
-        f"for {room} workers of {config.cpus_per_worker:g} cores (cluster.cpus_per_worker)"
-        f"{' and a GPU (cluster.device)' if use_gpu else ''}"
+        f"{_asked(config, fewest)}: others use the cluster: of its {_total(machines)} only "
+        f"{_total(free)} are free, room for {_such(config, room, use_gpu=use_gpu)}"
     )
+
+
+def _too_small(config: Cluster, machines: Sequence[Machine], wanted: int, *, use_gpu: bool) -> str:
+    on = f" on {len(machines)} nodes" if len(machines) > 1 else ""
+    room = room_on(config, machines, use_gpu=use_gpu)
+    return (
+        f"{_asked(config, wanted)}: the cluster has {_total(machines)}{on}, room for "
+        f"{_such(config, room, use_gpu=use_gpu)}"
+    )
+
+
+def _asked(config: Cluster, workers: int) -> str:
+    return f"cluster.workers = {workers}{' (by default)' if config.workers is None else ''}"
+
+
+def _total(machines: Sequence[Machine]) -> str:
+    return f"{sum(m.cores for m in machines):g} cores and {sum(m.gpus for m in machines):g} GPUs"
+
+
+def _such(config: Cluster, workers: int, *, use_gpu: bool) -> str:
+    gpu = " and a GPU (cluster.device)" if use_gpu else ""
+    each = f"{config.cpus_per_worker:g} cores (cluster.cpus_per_worker)"
+    return f"{workers} worker{'' if workers == 1 else 's'} of {each}{gpu}"
 
 
 def machines_of_cluster() -> list[Machine]:
@@ -90,57 +126,61 @@ def machines_of_cluster() -> list[Machine]:
     ]
 
 
-def wait_for_room(config: Cluster, watcher: Watcher) -> list[Machine]:
-    """Wait until the joined cluster has room for the fewest workers asked for, and has it free.
+def free_machines() -> list[Machine]:
+    """What nobody uses of each node of the cluster that this process has joined."""
+    import ray
+    from ray._private.state import available_resources_per_node  # the public one adds nodes up
+
+    free = available_resources_per_node()
+    alive = [free.get(node["NodeID"], {}) for node in ray.nodes() if node["Alive"]]
+    return [Machine(node.get("CPU", 0), node.get("GPU", 0)) for node in alive]
+
+
+def wait_for_room(
+    config: Cluster, watcher: Watcher, *, rows: int | None = None
+) -> tuple[int | tuple[int, int], bool]:
+    """Wait until the joined cluster has room for the workers, and has it free.
 
     An autoscaler is asked for what is missing.
 
+    Args:
+        config: what is asked for.
+        watcher: is told of the wait, and can end it.
+        rows: as in `plan_workers`; None: not known yet, wait for the fewest that may be meant.
+
     Returns:
-        The cluster's machines.
+        As `plan_workers`.
 
     Raises:
-        UserError: it stayed too small for `cluster.wait_seconds`.
-        RunError: it is large enough, but others use it.
+        UserError: it stayed too small, or others used it, for `cluster.wait_seconds`; or as
+            `plan_workers`.
     """
-    fewest = config.workers[0] if isinstance(config.workers, tuple) else config.workers or 1
     started, told = time.monotonic(), False
     try:
         while True:
-            machines = machines_of_cluster()
-            lacks, too_small = _lacks(config, machines, fewest)
-            if lacks is None:
-                return machines
-            if time.monotonic() - started >= config.wait_seconds:
-                waited = f"{lacks}; waited {config.wait_seconds:g} s (cluster.wait_seconds)"
-                raise UserError(waited) if too_small else RunError(waited)
-            if not told:
+            machines, free = machines_of_cluster(), free_machines()
+            fewest = config.workers[0] if isinstance(config.workers, tuple) else config.workers or 1
+            missing = lacks(config, machines, machines, fewest)
+            if missing is None:
+                planned = plan_workers(config, machines, rows=rows or fewest)
+                fewest = planned[0] if isinstance(planned[0], int) else planned[0][0]
+                missing = lacks(config, machines, free, fewest)
+                if missing is None:
+                    return planned
+            waited = time.monotonic() - started
+            if waited >= config.wait_seconds:
+                raise UserError(
+                    f"{missing}; waited {config.wait_seconds:g} s (cluster.wait_seconds)"
+                )
+            if not told and waited >= _SECONDS_TO_BE_FREE:
                 told = True
-                watcher.notice(f"{lacks}; waiting up to {config.wait_seconds:g} s for it")
+                watcher.notice(f"{missing}; waiting up to {config.wait_seconds:g} s for it")
                 _ask_autoscaler(config, fewest, use_gpu=wants_gpus(config, machines))
             watcher.heartbeat()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     finally:
         if told:
             _ask_autoscaler(config, 0, use_gpu=False)
-
-
-def _lacks(config: Cluster, machines: Sequence[Machine], fewest: int) -> tuple[str | None, bool]:
-    """What there is too little of, in words; and whether the cluster itself is too small."""
-    import ray
-
-    use_gpu = wants_gpus(config, machines)
-    if room_on(config, machines, use_gpu=use_gpu) < fewest:
-        return _too_small(config, machines, fewest, use_gpu=use_gpu), True
-    free: dict[str, Any] = ray.available_resources()
-    for name, each, key in (("cores", config.cpus_per_worker, "CPU"), ("GPUs", 1.0, "GPU")):
-        if (key == "CPU" or use_gpu) and free.get(key, 0.0) < fewest * each:
-            has = sum(m.cores if key == "CPU" else m.gpus for m in machines)
-            return (
-                f"of the cluster's {has:g} {name} only {free.get(key, 0.0):g} are free, and "
-                f"{fewest} workers need {fewest * each:g}: others use it",
-                False,
-            )
-    return None, False
 
 
 def _ask_autoscaler(config: Cluster, workers: int, *, use_gpu: bool) -> None:

@@ -28,7 +28,13 @@ from amint_ray.storage import Location, delete, list_files, open_input, write_at
 RECORD = "run.json"
 _BEAT_SECONDS = 2.0
 _DEAD_AFTER = 4 * _BEAT_SECONDS
-"""Seconds without a beat, as seen by one observer, after which a driver counts as dead."""
+"""Seconds without a beat, as seen by one observer who could read all the while, after which a
+driver counts as dead."""
+_SECONDS_FOR_A_BEAT = 3.0
+"""On object storage: one that gets stuck is given up, and followed by the next well within
+`_DEAD_AFTER`."""
+_SECONDS_TO_STOP = 5.0
+"""That the end of a run waits for a beat that is under way."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +89,43 @@ def find_unfinished(config: Config, storage: Location, watcher: Watcher) -> RunR
         OSError: storage cannot be read.
     """
     folder = storage.below(f"unfinished/{fingerprint(config)}")
-    before = _beats(folder)
-    if not before:
-        return None
-    newest = max(before)
-    watcher.phase(f"looking whether {newest} is still running")
-    deadline = time.monotonic() + _DEAD_AFTER
-    while time.monotonic() < deadline:
-        watcher.heartbeat()
-        time.sleep(0.2)
-    after = _beats(folder)
-    dead = [name for name in before if after.get(name) == before[name]]
-    for name in sorted(dead, reverse=True):
+    for name in sorted(_standing_still(folder, _beats(folder), watcher), reverse=True):
         try:
             return RunRecord.read(storage, name)
         except (FileNotFoundError, ValueError):  # it died before it was one, or while it became one
             delete(folder, f"{name}.json")
     return None
+
+
+def _standing_still(folder: Location, before: dict[str, bytes], watcher: Watcher) -> set[str]:
+    """Those runs whose drivers have died; waits until that is known of each.
+
+    A driver cannot write while storage is away. The wait therefore begins anew after a look that
+    took so long that storage may have been.
+
+    Args:
+        folder: of the runs' signs.
+        before: their numbers.
+        watcher: is told of the wait, and can end it.
+
+    Raises:
+        OSError: storage cannot be read.
+    """
+    still = set(before)
+    if still:
+        watcher.phase(f"looking whether {max(still)} is still running")
+    since = looked = time.monotonic()
+    while still and time.monotonic() < since + _DEAD_AFTER:
+        watcher.heartbeat()
+        time.sleep(min(0.2, _BEAT_SECONDS))
+        if time.monotonic() - looked < _BEAT_SECONDS / 2:
+            continue
+        looked = time.monotonic()
+        now = _beats(folder)
+        still = {name for name in still if now.get(name) == before[name]}
+        if time.monotonic() - looked > _BEAT_SECONDS:
+            since = time.monotonic()
+    return still
 
 
 def _beats(folder: Location) -> dict[str, bytes]:
@@ -111,17 +137,21 @@ def _beats(folder: Location) -> dict[str, bytes]:
     return found
 
 
-def open_run(config: Config, storage: Location, run_name: str, *, force: bool) -> RunRecord:
-    """The run that was named, if this configuration may go on with it.
+def open_run(
+    config: Config, storage: Location, run_name: str, watcher: Watcher, *, force: bool
+) -> RunRecord:
+    """The run that was named, if this configuration may go on with it and nobody else does.
 
     Args:
         config: as asked for now.
         storage: where runs are kept.
         run_name: which one.
+        watcher: is told where this has to wait, to see whether the run's driver lives.
         force: let what is harmless differ.
 
     Raises:
-        UserError: there is no such run, or its configuration differs.
+        UserError: there is no such run, its configuration differs, or its driver lives.
+        OSError: storage cannot be read any more.
     """
     try:
         record = RunRecord.read(storage, run_name)
@@ -143,6 +173,13 @@ def open_run(config: Config, storage: Location, run_name: str, *, force: bool) -
             f"--resume={run_name}: that run has {_told(harmless, differing)}; this does not touch "
             "the weights: --force-resume goes on with the new values"
         )
+    folder = storage.below(f"unfinished/{fingerprint(Config.model_validate(record.asked))}")
+    mine = {name: beat for name, beat in _beats(folder).items() if name == run_name}
+    if mine and not _standing_still(folder, mine, watcher):
+        raise UserError(
+            f"--resume={run_name}: another process is at work on that run; wait until it has "
+            "ended, or stop it first"
+        )
     return record
 
 
@@ -151,11 +188,11 @@ def resumed_config(config: Config, record: RunRecord) -> Config:
     values = json.loads(json.dumps(record.settled))
     now = config.model_dump(mode="json")
     for key in (*HARMLESS, *ELSEWHERE):
-        section, _, name = key.partition(".")
-        if name:
-            values[section][name] = now[section][name]
-        else:
-            values[section] = now[section]
+        *sections, name = key.split(".")
+        old, new = values, now
+        for section in sections:
+            old, new = old[section], new[section]
+        old[name] = new[name]
     return Config.model_validate(values)
 
 
@@ -181,35 +218,38 @@ def _told(keys: list[str], differing: dict[str, tuple[Any, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def alive(config: Config, storage: Location, run_name: str) -> Iterator[None]:
-    """Let others see that this driver lives, while the body runs.
+def alive(config: Config, storage: Location, run_name: str) -> Iterator[Location]:
+    """Let others see that this driver lives, while the body runs, by a file; gives its location.
 
-    The sign is removed when the body ends, unless by something that the next command of the same
-    kind should make good: a signal, or a failure of the machinery.
+    The sign stays when the body has ended; `finish` removes it where the next command of the same
+    kind is not to go on with the run.
     """
     folder = storage.below(f"unfinished/{fingerprint(config)}")
+    hasty = folder.with_patience(seconds=_SECONDS_FOR_A_BEAT, attempts=1)
     stop = threading.Event()
 
-    def beat() -> None:
-        number = 0
-        while True:
-            number += 1
-            with contextlib.suppress(OSError), write_atomically(folder, f"{run_name}.json") as file:
-                file.write(f"{time.time()} {number}".encode())
-            if stop.wait(_BEAT_SECONDS):
-                return
+    def beat(number: int) -> None:
+        with contextlib.suppress(OSError), write_atomically(hasty, f"{run_name}.json") as file:
+            file.write(f"{time.time()} {number}".encode())
 
-    thread = threading.Thread(target=beat, daemon=True, name="alive")
+    def go_on() -> None:
+        number = 1
+        while not stop.wait(_BEAT_SECONDS):
+            number += 1
+            beat(number)
+
+    beat(1)  # at once: from now on this is a run that nobody else may take
+    thread = threading.Thread(target=go_on, daemon=True, name="alive")
     thread.start()
     try:
-        yield
+        yield folder.below(f"{run_name}.json")
     finally:
         stop.set()
-        thread.join()
+        thread.join(_SECONDS_TO_STOP)  # storage may be away
 
 
 def finish(config: Config, storage: Location, run_name: str) -> None:
-    """Mark the run as one that will not go on."""
+    """Mark the run as one that will not go on; to be called when `alive` has ended."""
     folder = storage.below(f"unfinished/{fingerprint(config)}")
     with contextlib.suppress(OSError):
         delete(folder, f"{run_name}.json")

@@ -89,25 +89,25 @@ def run_training(
     watcher.phase("starting Ray")
     address = address_of(config.cluster)
     with clock.around("ray", connect(address, verbose=verbose)):
-        machines = machines_of_cluster()
         if address is not None:
             with clock.phase("wait"):
-                machines = wait_for_room(config.cluster, watcher)
+                wait_for_room(config.cluster, watcher)
         if prepared is None:
             with clock.phase("data"):
                 dataset = index_on_ray(config, source, checked.storage, watcher)
                 prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
         smallest = smallest_step(prepared.dataset.index.manifest, config)
-        machines = (
-            machines_of_cluster() if address is None else wait_for_room(config.cluster, watcher)
-        )
-        workers, use_gpu = plan_workers(
-            config.cluster, machines, rows=worker_rows(config, prepared.architecture, smallest)
+        rows = worker_rows(config, prepared.architecture, smallest)
+        workers, use_gpu = (
+            plan_workers(config.cluster, machines_of_cluster(), rows=rows)
+            if address is None
+            else wait_for_room(config.cluster, watcher, rows=rows)
         )
         most = workers if isinstance(workers, int) else workers[1]
         prepared = settle_streams(prepared, most)
         with (
-            alive(asked, prepared.storage, prepared.run_name),
+            contextlib.ExitStack() as after_the_last_beat,
+            alive(asked, prepared.storage, prepared.run_name) as sign,
             recording(prepared, asked, watcher) as run,
         ):
             from amint_ray.launch.fit import DivergedError, fit
@@ -115,9 +115,18 @@ def run_training(
 
             data, prepared = share(prepared)
             try:
-                fitted = fit(prepared, data, run, watcher, workers=workers, use_gpu=use_gpu)
+                fitted = fit(
+                    prepared,
+                    data,
+                    run,
+                    watcher,
+                    workers=workers,
+                    use_gpu=use_gpu,
+                    sign=sign.path,
+                )
             except DivergedError:
-                finish(asked, prepared.storage, prepared.run_name)  # it would end the same way
+                # It would end the same way again.
+                after_the_last_beat.callback(finish, asked, prepared.storage, prepared.run_name)
                 raise
             for phase, seconds in fitted.seconds.items():
                 clock.add(phase, seconds)
@@ -144,11 +153,11 @@ def run_training(
 def _earlier_run(
     config: Config, storage: Location, watcher: Watcher, resume: Resume
 ) -> RunRecord | None:
-    if resume.run_name is not None:
-        return open_run(config, storage, resume.run_name, force=resume.force)
     if resume.never:
         return None
     try:
+        if resume.run_name is not None:
+            return open_run(config, storage, resume.run_name, watcher, force=resume.force)
         return find_unfinished(config, storage, watcher)
     except OSError as error:
         raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from collections.abc import Mapping
 from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,22 +17,30 @@ from amint_ray.contracts import RunContext, RunError, Streams
 from amint_ray.launch.context import RayContext
 from amint_ray.launch.progress import give_up, given_up
 from amint_ray.train.loop import train
+from amint_ray.train.reduce import gather_lists
+
+_SECONDS_TO_APPEAR = 5.0
+"""Of a new file on a file system that all nodes share."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Wire the loop to its data and its world.
 
     Args:
-        arguments: `config`, `architecture`, `run_name`, `manifest` (its fingerprint), and `data`
-            for `open_streams`.
+        arguments: `config`, `architecture`, `run_name`, `manifest` (its fingerprint), `data` for
+            `open_streams`, and `sign`: a file of the driver's in storage that every node must see;
+            None: any will.
 
     Returns:
-        The history, and when what happened, for the driver's clock; or `failed` and why.
+        The history, and when what happened, for the driver's clock; or `failed` and why; or
+        `unseen`, the nodes that do not see the sign.
     """
     entered = time.time()
     config: Config = arguments["config"]
     if (reason := given_up(arguments["run_name"])) is not None:
         return {"failed": reason, "diverged": False}
+    if unseen := nodes_without(arguments["sign"]):
+        return {"unseen": unseen}
     context = RayContext(arguments["run_name"])
     streams = open_streams(config, arguments["data"], context)
     try:
@@ -59,6 +69,16 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "lost": trained.lost,
         "workers": context.world_size,
     }
+
+
+def nodes_without(sign: str | None) -> list[str]:
+    """Names of the workers' machines on which a file is not there; each worker learns of all."""
+    if sign is None:
+        return []
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while not (seen := Path(sign).exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return sorted(set(gather_lists([] if seen else [socket.gethostname()])))
 
 
 def open_streams(config: Config, data: Mapping[str, Any], context: RunContext) -> Streams:

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +42,14 @@ class Location:
         """The location of what lies in it under this name, with `/`."""
         uri = f"{self.uri.rstrip('/')}/{relative}"
         return Location(uri, self.filesystem, _below(self, relative))
+
+    def with_patience(self, *, seconds: float, attempts: int) -> Location:
+        """The same place, with other patience for its server (as in `locate`)."""
+        objects = _objects(self)
+        if objects is None:
+            return self
+        handler = replace(objects, seconds=seconds, attempts=attempts)
+        return Location(self.uri, fs.PyFileSystem(handler), self.path)
 
 
 @dataclass(frozen=True)

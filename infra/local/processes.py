@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import subprocess
@@ -141,7 +142,8 @@ def stop_server(
         # What it started ends with it, a moment later.
         _, left = psutil.wait_procs([*left, *family[1:]], timeout=5.0)
         for one in left:
-            one.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+                one.kill()
         psutil.wait_procs(left, timeout=5.0)
     child = _ours.get(server.pid)
     if child is not None and child.poll() is not None:  # which takes a zombie away

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 SECONDS_AT_MOST = 480
 
@@ -108,3 +109,21 @@ class Command:
         """What still runs when the command has ended and all have had the time to end, too."""
         psutil.wait_procs(self.descendants(), timeout=60)
         return [" ".join(process.cmdline())[:120] for process in self.descendants()]
+
+
+def on_own_disk(folder: Path, options: str = "", then: str = ":") -> tuple[str, ...]:
+    """What runs a command that alone sees a disk in a folder; no root is needed for it.
+
+    Args:
+        folder: empty.
+        options: of `mount -t tmpfs`.
+        then: done once it is there, with its path as `$0`.
+    """
+    unshare = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+    try:
+        probe = ["mount -t tmpfs none .", "sh"]
+        subprocess.run([*unshare, *probe], cwd=folder, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine lets nobody mount a disk of his own")
+    script = f'mount -t tmpfs {options} none "$0" || exit\n{then}\nexec "$@"\n'
+    return *unshare, script, str(folder)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from launch.commands import Command
+from launch.commands import Command, on_own_disk
 
 from infra.local.stack import LocalStack
 
@@ -103,7 +102,8 @@ def test_killed_three_times_and_without_storage_a_run_ends_as_if_nothing_had_hap
 ) -> None:
     """Two workers and a node; on object storage, below a name with a space and an umlaut."""
     arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/my rüns"]
-    command = Command(tmp_path, arguments, environment=stack.environment)
+    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}  # a minute by default
+    command = Command(tmp_path, arguments, environment={**stack.environment, **waits})
     bucket = stack.folder / "s3/buckets/amint/my rüns"
     for _ in range(2):
         seen = newest_checkpoint(bucket)
@@ -111,14 +111,11 @@ def test_killed_three_times_and_without_storage_a_run_ends_as_if_nothing_had_hap
         train_workers(stack.folder)[-1].kill()
     seen = newest_checkpoint(bucket)
     command.wait_until(lambda: newest_checkpoint(bucket) > seen)
-    node = next(
-        name
-        for name, server in stack.nodes.items()
-        if name != "head"
-        and server.process is not None
-        and any("TrainWorker" in " ".join(p.cmdline()) for p in server.process.children(True))
-    )
-    stack.remove_node(node, signal.SIGKILL)
+    for node in ("worker-1", "worker-2"):  # at least one of the two workers is on one of them
+        stack.remove_node(node, signal.SIGKILL)
+    lacking = "no workers are running; cluster.workers = 2: the cluster has 1 cores and 0 GPUs"
+    command.wait_until(lambda: lacking in command.stderr)
+    stack.add_node("worker-1")
     seen = newest_checkpoint(bucket)
     command.wait_until(lambda: newest_checkpoint(bucket) > seen)
     storage_dies_in_mid_upload(stack, seconds=30)
@@ -158,29 +155,19 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     assert losses[-1].value < 0.1 < losses[0].value
 
 
-# A disk of its own that is full until the ballast goes; no root is needed for it. A few KiB are
+# The disk is full until the ballast goes. A few KiB are
 # left: Python takes another folder for temporary files if it can write nothing at all.
-SMALL_DISK = """
-mount -t tmpfs -o size=16m none "$0" || exit
-dd if=/dev/zero of="$0/ballast" bs=1k count=16320 2>&-
-exec "$@"
-"""
+BALLAST = 'dd if=/dev/zero of="$0/ballast" bs=1k count=16320 2>&-'
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: bytes, tmp_path: Path) -> None:
     disk = tmp_path / "small disk"
     disk.mkdir()
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    try:
-        probe = ["mount -t tmpfs none .", "sh"]
-        subprocess.run([*unshare, *probe], cwd=disk, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this machine lets nobody mount a disk of his own")
     command = Command(
         tmp_path,
         [*RUN, "cluster.workers=2"],
         environment={"TMPDIR": str(disk), "RAY_TMPDIR": tempfile.gettempdir()},
-        within=(*unshare, SMALL_DISK, str(disk)),
+        within=on_own_disk(disk, "-o size=16m", BALLAST),
     )
     said = f"a checkpoint could not be written to {disk}"
     command.wait_until(lambda: said in command.stderr)

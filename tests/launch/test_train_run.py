@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from launch.commands import Command
+from launch.silent import Silent
 from sklearn.datasets import load_digits
 
 import amint_ray
@@ -23,6 +25,8 @@ from amint_ray.contracts import Role
 from amint_ray.data.roles import Manifest, content_hash, role_of
 from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import read_scores
+from amint_ray.launch.snapshot import mend_snapshot
+from amint_ray.storage import locate
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -34,7 +38,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.command = Command(folder, ["train", "digits", f"train.epochs={EPOCHS}", "--json"])
+        arguments = ["train", "digits", f"train.epochs={EPOCHS}", "train.checkpoint_every=2"]
+        self.command = Command(folder, [*arguments, "--json"])
         self.document = self.command.document()
         import mlflow
 
@@ -110,6 +115,19 @@ def test_nothing_is_left_in_the_temporary_folder(run: Run) -> None:
         if path.stat().st_ctime > started and any(path.rglob("scores.parquet"))
     ]
     assert left == []
+
+
+def test_a_list_of_checkpoints_that_was_cut_is_made_anew_as_it_was(
+    run: Run, tmp_path: Path
+) -> None:
+    (folder,) = (run.folder / "amint_runs").glob("digits-*")
+    shutil.copytree(folder, tmp_path / "run")
+    snapshot = tmp_path / "run/checkpoint_manager_snapshot.json"
+    written = json.loads(snapshot.read_text())
+    assert len(written["checkpoint_results"]) == 2
+    snapshot.write_text("")
+    mend_snapshot(locate(str(tmp_path / "run"), "test"), Silent(), keep_best=None)
+    assert json.loads(snapshot.read_text()) == written
 
 
 def test_every_figure_can_be_computed_again_from_the_stored_scores(run: Run) -> None:
@@ -272,6 +290,7 @@ def test_a_run_that_diverges_fails_in_one_line(tmp_path: Path) -> None:
     assert command.stdout == ""
     assert statuses(tmp_path) == ["FAILED"]
     assert command.leftovers() == []
+    assert not (tmp_path / "amint_runs/unfinished").exists()  # or the same command took it up again
 
 
 def statuses(folder: Path) -> list[str]:
