@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.finite import Step, check_finite
 from amint_ray.train.objective import Objective
 from amint_ray.train.parallel import in_step, replicate, shard
-from amint_ray.train.reduce import gather_lists, is_rank_zero, share_buffers, sum_over_ranks
+from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
 from amint_ray.train.update import create_update, uncompiled
@@ -316,8 +317,8 @@ def _write(
     folder: Path,
 ) -> None:
     """Fill a folder with a checkpoint; the last one holds the scores, too."""
-    if scores is not None and is_rank_zero():
-        write_scores(scores, folder / SCORES)
+    if scores is not None:
+        state.on_rank_zero(lambda: write_scores(scores, folder / SCORES), where=folder)
     final = scores is not None
     state.save(folder, identity=identity, architecture=architecture.to_json(), final=final)
 
@@ -348,11 +349,15 @@ class LocalContext:
         """Write the checkpoint beside its place and move it there whole."""
         self._count += 1
         draft = Path(tempfile.mkdtemp(dir=self._folder, prefix="draft_"))
-        write_checkpoint(draft)
+        try:
+            write_checkpoint(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         draft.rename(self._folder / f"checkpoint_{self._count:06d}")
         return True
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The newest whole checkpoint."""
+        """The newest checkpoint; all that are here were moved here whole."""
         yield max(self._folder.glob("checkpoint_*"), default=None)

@@ -22,7 +22,8 @@ from training_setup import (
 )
 
 from amint_ray.config.schema import Config, Loss
-from amint_ray.train.loop import create_state, train
+from amint_ray.evaluation.scores import score
+from amint_ray.train.loop import SCORES, _write, create_state, train
 from amint_ray.train.parallel import replicate
 from amint_ray.train.step import SUMS, train_step
 
@@ -157,6 +158,25 @@ def sharded_run(folder: Path, rank: int, world_size: int, *, dies: bool = False)
     }
 
 
+def full_disks(folder: Path, rank: int, world_size: int) -> dict[str, str]:
+    """What this worker is told where one of them cannot write its share, or rank 0 the scores."""
+    architecture, device = architecture_of(SHARDED), torch.device("cpu")
+    state = create_state(SHARDED, architecture, 1, device, world_size=world_size)
+    scores = score(state.model, [], device)
+    said = {}
+    for what, bad_rank in (("share", 1), ("scores", 0)):
+        mine = folder / f"{what}-of-{rank}"
+        (mine / SCORES if what == "scores" else mine).mkdir(parents=True)
+        if what == "share" and rank == bad_rank:
+            mine.rmdir()
+            mine.touch()
+        try:
+            _write(state, {}, architecture, scores if what == "scores" else None, mine)
+        except OSError as error:
+            said[what] = str(error)
+    return said
+
+
 def _jobs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{name}-{parallel}": twenty_steps(in_parallel(config, parallel), rank, world_size)
@@ -164,6 +184,7 @@ def _jobs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         for parallel in ("ddp", "fsdp")
     }
     found["straight"] = sharded_run(folder / f"straight-{world_size}", rank, world_size)
+    found["full disks"] = full_disks(folder / f"full-{world_size}", rank, world_size)
     if world_size == 3:
         sharded_run(folder / "broken", rank, world_size, dies=True)
     return found

@@ -196,6 +196,41 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
     assert STATE not in said[0] + said[1]
 
 
+def test_a_full_disk_is_told_from_other_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser's file is torch's, which has one error for all."""
+    config = config_of(CONVNEXT, train={"optimizer": "adam", "epochs": 1})
+    state = fresh_state(config)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.update.step()
+    (tmp_path / OPTIMIZER).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        state.save(tmp_path, identity={}, architecture="{}")
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.save", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        state.save(tmp_path, identity={}, architecture="{}")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / WEIGHTS).touch()
+        raise OSError("No space left on device")
+
+    context = LocalContext(tmp_path)
+    context.report({}, lambda folder: (folder / STATE).touch())
+    with pytest.raises(OSError, match="No space left"):
+        context.report({}, fail)
+    (only,) = tmp_path.iterdir()
+    with context.latest_checkpoint() as last:
+        assert last == only
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     config = config_of(CONVNEXT, train={"epochs": 1})
     _run(config, LocalContext(tmp_path))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,18 @@ def test_the_last_sharded_checkpoint_holds_whole_weights_and_all_scores(
         assert np.array_equal(getattr(scores, name), column), name
     # Workers have 22, 22 and 21 images to score in batches of four: none is scored twice or lost.
     assert len(set(scores.sample_id.tolist())) == len(scores) == 65
+
+
+@pytest.mark.parametrize(("what", "bad_rank"), [("share", 1), ("scores", 0)])
+def test_where_one_worker_cannot_write_all_are_told_where(
+    several: dict[int, list[dict[str, Any]]], folder: Path, what: str, bad_rank: int
+) -> None:
+    for world_size, ranks in several.items():
+        place = f"{folder / f'full-{world_size}' / f'{what}-of-{bad_rank}'} of "
+        told = [rank["full disks"][what] for rank in ranks]
+        assert len(set(told)) == 1
+        assert told[0].startswith(f"{place}{socket.gethostname()}: ")
+        assert "directory" in told[0] or "exists" in told[0]
 
 
 def test_a_checkpoint_of_other_roles_is_not_taken(
