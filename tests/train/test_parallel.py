@@ -15,7 +15,7 @@ import numpy as np
 import parallel_jobs
 import pytest
 import torch
-from parallel_jobs import CONFIGS, SHARDED, STEPS, in_parallel, latest, twenty_steps
+from parallel_jobs import CONFIGS, NORMS, SHARDED, STEPS, Rows, in_parallel, latest, twenty_steps
 from safetensors.torch import load_file
 from torch import nn
 from training_setup import architecture_of, fresh_state
@@ -91,6 +91,35 @@ def test_losses_are_those_of_one_worker(
         torch.testing.assert_close(got["losses"], expected["losses"], rtol=1e-5, atol=1e-5)
         for key, value in expected["weights"].items():
             torch.testing.assert_close(got["weights"][key], value, rtol=1e-3, atol=5e-5, msg=key)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", NORMS)
+def test_synchronised_norms_are_one_norm_over_all_rows(
+    several: dict[int, list[dict[str, Any]]], name: str, world_size: int
+) -> None:
+    """Against torch's in float64; as exact as the precision of input and output allows."""
+    rows = NORMS[name]
+    x, weight = rows.make()
+    exact = Rows(rows.mean, rows.spread).through(
+        nn.BatchNorm2d(3).double(), x.double(), weight.double()
+    )
+    like = rows.through(nn.BatchNorm2d(3), x, weight)
+    # A number's rounding, in units of the spread that it is divided by.
+    scale = max(1.0, rows.mean / rows.spread)
+    tolerance = {"y": torch.finfo(rows.dtype).eps * 4 * scale}
+    tolerance["gradient"] = tolerance["y"] / rows.spread
+    for rank, found in enumerate(several[world_size]):
+        got = found["norms"][name]
+        assert got["y"].dtype == like["y"].dtype
+        for key in ("y", "gradient"):
+            expected = exact[key][rank::world_size]
+            torch.testing.assert_close(
+                got[key].double(), expected, rtol=torch.finfo(rows.dtype).eps, atol=tolerance[key]
+            )
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            assert got[key].dtype == like[key].dtype
+            torch.testing.assert_close(got[key], exact[key].to(got[key].dtype), rtol=1e-4, atol=0)
 
 
 def test_float16_skips_the_same_steps_sharded_or_not(
