@@ -127,10 +127,12 @@ class Streams(Protocol):
 
     Attributes:
         steps_per_epoch: joint steps in an epoch.
+        task_rows: rows of D in an epoch, of all workers; its steps differ by at most one.
         lost: images that could not be read when their turn came: the reason by sample id.
     """
 
     steps_per_epoch: int
+    task_rows: int
 
     @property
     def lost(self) -> Mapping[str, str]: ...  # noqa: D102 - above

@@ -138,6 +138,47 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     assert [event["phase"] for event in again.events] == ["evaluate"]
 
 
+def test_long_training_is_not_risked_while_samples_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies then only scores; its best checkpoints are not pushed out by the same one."""
+
+    class Dies(LocalContext):
+        def progress(self, event: Mapping[str, Any]) -> None:
+            super().progress(event)
+            if event["phase"] == "evaluate":
+                raise ConnectionError("the worker died")
+
+        def report(
+            self, metrics: Mapping[str, Any], write: Any, *, everywhere: bool = False
+        ) -> bool:
+            reported.append(dict(metrics))
+            return super().report(metrics, write, everywhere=everywhere)
+
+    reported: list[dict[str, Any]] = []
+    config = config_of(CONVNEXT, train={"epochs": 3, "checkpoint_every": 2})
+    for name in ("straight", "quick", "long"):
+        (tmp_path / name).mkdir()
+    straight = _run(config, LocalContext(tmp_path / "straight"))
+    with pytest.raises(ConnectionError):
+        _run(config, Dies(tmp_path / "quick"))
+    assert [metrics["epoch"] for metrics in reported] == [2]
+
+    reported.clear()
+    monkeypatch.setattr("amint_ray.train.loop._SECONDS_WORTH_A_CHECKPOINT", 0.0)
+    with pytest.raises(ConnectionError):
+        _run(config, Dies(tmp_path / "long"))
+    assert [metrics["epoch"] for metrics in reported] == [2, 3]
+    assert reported[1] == {"epoch": 3}
+    context = LocalContext(tmp_path / "long")
+    resumed = _run(config, context)
+    assert [event["phase"] for event in context.events] == ["evaluate"]
+    assert_same_weights(resumed.model.state_dict(), straight.model.state_dict())
+    assert _history(resumed) == _history(straight)
+    for name, column in vars(straight.scores).items():
+        assert np.array_equal(getattr(resumed.scores, name), column), name
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [

@@ -233,17 +233,18 @@ def test_a_pickle_in_the_shards_is_not_run(
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "micro_batch", "rows", "expected"),
+    ("accumulate", "micro_batch", "fewest", "most", "expected"),
     [
-        *((1, None, 64, 1), (4, None, 64, 4), (1, 16, 64, 4), (1, 16, 33, 3)),
-        *((2, 64, 64, 2), (1, 2, 5, 2), (1, 2, 1, 1), (1, 100, 8, 1)),
+        *((1, None, 64, 64, 1), (4, None, 64, 64, 4), (1, 16, 64, 64, 4), (1, 16, 33, 33, 3)),
+        *((2, 64, 64, 64, 2), (1, 2, 5, 5, 2), (1, 2, 1, 1, 1), (1, 100, 8, 8, 1)),
+        *((1, 2, 32, 33, 16), (1, 16, 32, 33, 3)),
     ],
 )
 def test_micro_batches_hold_no_more_than_asked_and_no_single_row(
-    accumulate: int, micro_batch: int | None, rows: int, expected: int
+    accumulate: int, micro_batch: int | None, fewest: int, most: int, expected: int
 ) -> None:
     config = SHARDED.train.model_copy(update={"accumulate": accumulate, "micro_batch": micro_batch})
-    assert micro_batches(config, rows) == expected
+    assert micro_batches(config, fewest, most) == expected
 
 
 def test_whole_and_sharded_are_two_configurations() -> None:
