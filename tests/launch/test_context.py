@@ -121,6 +121,7 @@ def report_together(rank: int, folder: Path) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_where_one_disk_is_full_all_workers_go_on_together(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=report_together, args=(rank, tmp_path)) for rank in range(2)]
