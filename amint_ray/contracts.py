@@ -127,10 +127,12 @@ class Streams(Protocol):
 
     Attributes:
         steps_per_epoch: joint steps in an epoch.
+        task_rows: rows of D in an epoch, of all workers; its steps differ by at most one.
         lost: images that could not be read when their turn came: the reason by sample id.
     """
 
     steps_per_epoch: int
+    task_rows: int
 
     @property
     def lost(self) -> Mapping[str, str]: ...  # noqa: D102 - above
@@ -237,7 +239,8 @@ class RunContext(Protocol):
             metrics: numbers to keep beside the checkpoint.
             write_checkpoint: called on rank 0 with an empty folder.
             everywhere: call it on every rank, each with a folder of its own, all of which make one
-                checkpoint. It must then raise on every rank or on none.
+                checkpoint. It must then raise on every rank or on none, and where it is an OSError
+                begin its text with the folder and the machine that could not be written to.
 
         Returns:
             False where the checkpoint could not be written; the run may go on without it.

@@ -198,6 +198,7 @@ class MemoryStreams:
             lambda positions, stream, number: shuffled(positions, seed, stream, number),
         )
         self.steps_per_epoch = self._schedule.steps_per_epoch
+        self.task_rows = self._schedule.length("task")
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The joint batches of one epoch, from one of its steps on."""

@@ -89,6 +89,7 @@ class StreamedStreams:
 
     Attributes:
         steps_per_epoch: joint steps in an epoch.
+        task_rows: rows of D in an epoch, of all workers.
         lost: why images could not be had, by name; they are missing from their batches.
     """
 
@@ -125,6 +126,7 @@ class StreamedStreams:
         self._parts: Iterator[Part] | None = None
         self._next_step = -1
         self.steps_per_epoch = self._schedule.steps_per_epoch
+        self.task_rows = self._schedule.length("task")
         self.lost: dict[str, str] = {}
         _FORKS.set_forkserver_preload(["amint_ray.data.reading", "timm.data"])
         forkserver.ensure_running()  # it imports while the model is being made

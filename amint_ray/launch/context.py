@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import torch
 from amint_ray.contracts import first_line
 from amint_ray.launch.progress import Sender
 from amint_ray.launch.staging import Staging
-from amint_ray.train.reduce import gather_lists
+from amint_ray.train.reduce import gather_lists, together
 from amint_ray.train.state import DamagedCheckpointError, check_checkpoint
+
+_MOST_AHEAD = 2
+_SECONDS_WORTH_A_WORD = 10.0
 
 
 class RayContext:
@@ -31,6 +35,7 @@ class RayContext:
         self.device: torch.device = ray.train.torch.get_device()
         self._sender = Sender(run)
         self._staging = Staging()
+        self._told_to_be_slow = False
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """Rank 0 speaks for all."""
@@ -46,31 +51,49 @@ class RayContext:
     ) -> bool:
         """Write a checkpoint to the local disk and have it brought to storage meanwhile.
 
-        It counts once all of it is there. A second one waits for the first.
+        It counts once all of it is there. A second one waits for the first, and the run for all of
+        them where a third would have to wait, or the disk would fill up.
         """
         if self.rank != 0 and not everywhere:
             ray.train.report(dict(metrics))
             return True
-        folder = None
+        disk, folder = Path(tempfile.gettempdir()), None
         try:
-            folder = self._staging.new_folder()
+            if everywhere:
+                folder = together(self._staging.new_folder, where=disk)
+            else:
+                folder = self._staging.new_folder()
             write_checkpoint(folder)
         except OSError as error:  # a full disk, mostly: no reason to lose what was trained
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+            # What all wrote may have failed on another machine, which the error then names.
+            where = "" if everywhere else f"{disk} of {socket.gethostname()}: "
             text = (
-                f"WARNING: a checkpoint could not be written to {tempfile.gettempdir()} of "
-                f"{socket.gethostname()}: {first_line(error)}; make room there, or set TMPDIR"
+                f"WARNING: a checkpoint could not be written to {where}{first_line(error)}; make "
+                "room there, or set TMPDIR"
             )
             self.progress({"phase": "notice", "text": text})
             ray.train.report(dict(metrics))  # which the other ranks do, too
             return False
+        # Ray would queue any number of uploads. One that is not to be queued waits for those before
+        # it; an upload that fails has Ray end this process, however it waits.
+        full, started = self._staging.waiting > _MOST_AHEAD, time.monotonic()
+        modes = ray.train.CheckpointUploadMode
         ray.train.report(
             dict(metrics),
             checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=modes.SYNC if full else modes.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+        waited = time.monotonic() - started
+        if full and waited > _SECONDS_WORTH_A_WORD and not self._told_to_be_slow:
+            self._told_to_be_slow = True
+            text = (
+                f"the run waited {waited:.0f} s for checkpoints to be brought to storage; write "
+                "fewer (train.checkpoint_every, train.checkpoint_steps)"
+            )
+            self.progress({"phase": "notice", "text": text})
         return True
 
     @contextlib.contextmanager
@@ -81,7 +104,10 @@ class RayContext:
             yield None
             return
         reported = [found.checkpoint for found in ray.train.get_all_reported_checkpoints()]
-        for checkpoint in [newest, *(c for c in reversed(reported) if c.path != newest.path)]:
+        earlier = [checkpoint for checkpoint in reported if checkpoint.path != newest.path]
+        # Their names are dates. Ray has them in the order of `storage.keep_best`, if that is set.
+        earlier.sort(key=lambda checkpoint: str(checkpoint.path), reverse=True)
+        for checkpoint in [newest, *earlier]:
             with contextlib.ExitStack() as stack:
                 folder, faults = None, []
                 try:

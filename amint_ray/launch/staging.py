@@ -13,16 +13,16 @@ PREFIX = "amint-staging-"
 
 
 class Staging:
-    """A folder of this process on the local disk, for what is to be uploaded.
+    """Folders of this process on the local disk, for what is to be uploaded and then deleted.
 
     A process that is killed leaves what it was about to upload. The next one on the same machine
     takes it away, or a node where workers die often would fill its disk. A lock, which ends with
-    the process that holds it, tells whose folder is still in use.
+    the process that holds it, tells which folders are still in use.
     """
 
     def __init__(self) -> None:
         self._sweep()
-        self._path: Path | None = None
+        self._locks: dict[Path, int] = {}
 
     def new_folder(self) -> Path:
         """An empty folder.
@@ -30,13 +30,28 @@ class Staging:
         Raises:
             OSError: None can be made, because the disk is full for instance.
         """
-        if self._path is None or not self._path.is_dir():
-            self._path = Path(tempfile.mkdtemp(prefix=PREFIX))
-            # Never closed: the lock is to last as long as the process.
-            lock = os.open(self._path, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks, where none sweeps
-                fcntl.flock(lock, fcntl.LOCK_SH)
-        return Path(tempfile.mkdtemp(dir=self._path))
+        try:
+            return self._locked_folder()
+        except FileNotFoundError:  # another process's sweep came before the lock
+            return self._locked_folder()
+
+    @property
+    def waiting(self) -> int:
+        """How many of the folders are still there."""
+        for folder in [folder for folder in self._locks if not folder.is_dir()]:
+            os.close(self._locks.pop(folder))
+        return len(self._locks)
+
+    def _locked_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks, where none sweeps
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        if not folder.is_dir():
+            os.close(lock)
+            raise FileNotFoundError(f"{folder} was taken away")
+        self._locks[folder] = lock
+        return folder
 
     @staticmethod
     def _sweep() -> None:

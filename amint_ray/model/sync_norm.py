@@ -43,20 +43,21 @@ class _CpuSyncBatchNormAct(BatchNormAct2d):  # type: ignore[misc]
         return cast("torch.Tensor", self.act(self.drop(_normalised(self, x))))
 
 
-class _SumOverWorkers(torch.autograd.Function):
-    """Every worker's loss depends on every worker's summand, hence the sum backwards, too."""
+class _FromAllWorkers(torch.autograd.Function):
+    """Every worker's values, one row each; every worker's loss depends on every worker's row."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        total = values.clone()
-        distributed.all_reduce(total)
-        return total
+        rows = values.new_zeros(distributed.get_world_size(), len(values))
+        rows[distributed.get_rank()] = values
+        distributed.all_reduce(rows)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.contiguous().clone()
         distributed.all_reduce(total)
-        return total
+        return total[distributed.get_rank()]
 
 
 def _alone(norm: _BatchNorm) -> bool:
@@ -68,17 +69,27 @@ def _alone(norm: _BatchNorm) -> bool:
 def _normalised(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     """BatchNorm (Ioffe and Szegedy, 2015) with the moments of all workers' rows.
 
+    The workers' moments are put together as Chan, Golub and LeVeque (1979) do: the difference of a
+    mean square and a squared mean would leave little of a small variance about a large mean.
+
     Args:
         norm: its weights and running statistics are used, the latter brought up to date.
-        x: (n, channels, …); n may differ from worker to worker.
+        x: (n, channels, …); n may differ from worker to worker. Of any precision; what is computed
+            is float32 at least.
+
+    Returns:
+        As `x`, in shape and precision.
     """
-    others = [0, *range(2, x.ndim)]
-    rows = x.new_full((1,), x.numel() / x.shape[1])
-    sums = torch.cat([x.sum(others), x.square().sum(others), rows])
-    sums = cast("torch.Tensor", _SumOverWorkers.apply(sums))
-    mean, square, count = torch.split(sums, [x.shape[1], x.shape[1], 1])
-    mean = mean / count
-    variance = square / count - mean.square()
+    others, channels = [0, *range(2, x.ndim)], x.shape[1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rows = wide.new_full((1,), x.numel() / channels)
+    own_mean = wide.sum(others) / rows.clamp(min=1)
+    own_squares = (wide - _along(own_mean, x)).square().sum(others)
+    moments = _FromAllWorkers.apply(torch.cat([own_mean, own_squares, rows]))
+    means, squares, counts = torch.split(moments, [channels, channels, 1], dim=1)
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    variance = (squares + (means - mean).square() * counts).sum(0) / count
     with torch.no_grad():
         unbiased = variance * count / (count - 1).clamp(min=1)
         if norm.running_mean is not None and norm.running_var is not None:
@@ -88,8 +99,12 @@ def _normalised(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
             share = 1.0 / float(norm.num_batches_tracked) if share is None else share
             norm.running_mean.lerp_(mean, share)
             norm.running_var.lerp_(unbiased, share)
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    normal = (x - mean.view(shape)) * (variance + norm.eps).rsqrt().view(shape)
+    normal = (wide - _along(mean, x)) * _along((variance + norm.eps).rsqrt(), x)
     if norm.affine:
-        normal = normal * norm.weight.view(shape) + norm.bias.view(shape)
-    return normal
+        normal = normal * _along(norm.weight, x) + _along(norm.bias, x)
+    return normal.to(x.dtype)
+
+
+def _along(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value a channel, to be computed with `x`."""
+    return values.view(1, -1, *[1] * (x.ndim - 2))

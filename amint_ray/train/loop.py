@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +27,15 @@ from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.finite import Step, check_finite
 from amint_ray.train.objective import Objective
 from amint_ray.train.parallel import in_step, replicate, shard
-from amint_ray.train.reduce import gather_lists, is_rank_zero, share_buffers, sum_over_ranks
+from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
 from amint_ray.train.update import create_update, uncompiled
 from amint_ray.train.weighting import create_weighting
 
 SCORES = "scores.parquet"
+_SECONDS_WORTH_A_CHECKPOINT = 60.0
+"""Training of so long is not risked while the samples are scored."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def train(
         streams.steps_per_epoch,
         context.device,
         world_size=context.world_size,
+        task_rows=streams.task_rows,
     )
     identity = identity_of(config, manifest)
     with context.latest_checkpoint() as checkpoint:
@@ -95,17 +99,26 @@ def train(
                 context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
     model = replicate(state.model, context)
 
-    def commit(metrics: Mapping[str, Any], scores: ScoreTable | None = None) -> bool:
-        write = functools.partial(_write, state, identity, architecture, scores)
-        return context.report(metrics, write, everywhere=state.sharded)
+    set_up = committed = time.perf_counter()
 
-    set_up = time.perf_counter()
+    def commit(metrics: Mapping[str, Any], scores: ScoreTable | None = None) -> bool:
+        nonlocal committed
+        write = functools.partial(_write, state, identity, architecture, scores)
+        done = context.report(metrics, write, everywhere=state.sharded)
+        committed = time.perf_counter()
+        return done
+
     while state.epoch < config.train.epochs:
         _train_epoch(model, state, config, streams, context, commit)
         done = state.epoch == config.train.epochs
         if not done and state.epoch % config.train.checkpoint_every == 0:
             commit(state.history[-1])
     trained = time.perf_counter()
+    # All must decide alike, and their clocks do not.
+    if max(gather_lists([trained - committed])) > _SECONDS_WORTH_A_CHECKPOINT:
+        # Without the epoch's metrics: it must not take the place of one that `storage.keep_best`
+        # keeps, since the last one will hold the same weights.
+        commit({"epoch": state.epoch})
     context.progress({"phase": "evaluate"})
     with uncompiled():
         batches = in_step(streams.score_batches(list(Role)), state.model, context)
@@ -141,8 +154,18 @@ def create_state(
     device: torch.device,
     *,
     world_size: int = 1,
+    task_rows: int | None = None,
 ) -> TrainState:
-    """A fresh model with its optimiser, drawn from `train.seed`; a share of it under `fsdp`."""
+    """A fresh model with its optimiser, drawn from `train.seed`; a share of it under `fsdp`.
+
+    Args:
+        config: the whole configuration.
+        architecture: planned from it.
+        steps_per_epoch: of the streams.
+        device: of this worker.
+        world_size: how many workers there are.
+        task_rows: of the streams; None: every step has `train.batch_size`.
+    """
     torch.manual_seed(config.train.seed)
     synchronised = config.train.sync_batchnorm and world_size > 1
     model = AuditedModel(
@@ -173,7 +196,8 @@ def create_state(
         model.to(device)
     if config.train.compile:
         model.compile()
-    rows = config.train.batch_size // world_size
+    total = task_rows or config.train.batch_size * steps_per_epoch
+    rows = total // steps_per_epoch // world_size, -(-total // steps_per_epoch // world_size)
     update = create_update(model, config.train, steps_per_epoch, rows=rows)
     if architecture.detach and objective.uses_mint:
         update.clip_apart(model.backbone, model.head)
@@ -189,7 +213,6 @@ def _train_epoch(
     commit: Callable[[Mapping[str, Any]], bool],
 ) -> None:
     """One pass over D; adds its entry to the history."""
-    _seed(state, config, context)
     model.train()
     totals = torch.tensor(state.sums or [0.0] * len(SUMS), dtype=torch.float64).to(context.device)
     before: Step | None = None
@@ -197,6 +220,7 @@ def _train_epoch(
     batches = streams.train_batches(state.epoch, first)
     for number, batch in enumerate(batches, start=first + 1):
         step = Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
+        _seed(step.number, config, context)
         sums = train_step(model, batch.to(context.device), state.objective, state.update)
         step.done(sums)
         totals += sums
@@ -220,7 +244,6 @@ def _train_epoch(
             state.step, state.sums, before = number, totals.tolist(), None
             share_buffers(state.model)
             commit({"epoch": state.epoch, "step": number})
-            _seed(state, config, context)
     check_finite(before, config)
     share_buffers(state.model)
     entry = epoch_metrics(totals)
@@ -246,10 +269,9 @@ def _share_lost(state: TrainState, streams: Streams) -> None:
     streams.note_lost(state.lost)
 
 
-def _seed(state: TrainState, config: Config, context: RunContext) -> None:
-    """Dropout and the like must not depend on how often a run was interrupted."""
-    seed = config.train.seed + 1_000_003 * (state.epoch + 1) + 7_919 * state.step
-    torch.manual_seed(seed + context.rank)
+def _seed(step: int, config: Config, context: RunContext) -> None:
+    """Dropout and the like must not depend on where a run was interrupted, or could have been."""
+    torch.manual_seed(config.train.seed + 1_000_003 * step + context.rank)
 
 
 def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
@@ -298,8 +320,8 @@ def _gather(part: ScoreTable, context: RunContext) -> ScoreTable:
 def identity_of(config: Config, manifest: str | None) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it.
 
-    Random states need no more than the seeds: all are drawn anew at every checkpoint, from the
-    seed, the epoch and the step (`_seed`).
+    Random states need no more than the seeds: all are drawn anew at every step, from the seed, the
+    step's number and the rank (`_seed`).
     """
     return {
         "config_fingerprint": training_fingerprint(config),
@@ -316,8 +338,8 @@ def _write(
     folder: Path,
 ) -> None:
     """Fill a folder with a checkpoint; the last one holds the scores, too."""
-    if scores is not None and is_rank_zero():
-        write_scores(scores, folder / SCORES)
+    if scores is not None:
+        state.on_rank_zero(lambda: write_scores(scores, folder / SCORES), where=folder)
     final = scores is not None
     state.save(folder, identity=identity, architecture=architecture.to_json(), final=final)
 
@@ -348,11 +370,15 @@ class LocalContext:
         """Write the checkpoint beside its place and move it there whole."""
         self._count += 1
         draft = Path(tempfile.mkdtemp(dir=self._folder, prefix="draft_"))
-        write_checkpoint(draft)
+        try:
+            write_checkpoint(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         draft.rename(self._folder / f"checkpoint_{self._count:06d}")
         return True
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The newest whole checkpoint."""
+        """The newest checkpoint; all that are here were moved here whole."""
         yield max(self._folder.glob("checkpoint_*"), default=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from amint_ray.contracts import RunContext, ScoreBatch
 from amint_ray.model.blocks import blocks
 from amint_ray.model.joint import AuditedModel
 from amint_ray.train.reduce import sum_over_ranks
-
-if TYPE_CHECKING:
-    pass
 
 
 def shard(model: AuditedModel, device: torch.device, workers: int) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import distributed, nn
+
+from amint_ray.contracts import first_line
 
 
 def is_rank_zero() -> bool:
@@ -34,6 +39,30 @@ def gather_lists(items: list[T]) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def together(write: Callable[[], T], *, where: Path) -> T:
+    """Do it on every worker; where it fails on one, it fails on all, and none waits for another.
+
+    Args:
+        write: what each does; may raise OSError.
+        where: this worker's folder, to be named if it does.
+
+    Returns:
+        What this worker's `write` gave.
+
+    Raises:
+        OSError: what the first one met, in which folder of which machine.
+    """
+    failed, done = [], None
+    try:
+        done = [write()]
+    except OSError as error:
+        failed = [f"{where} of {socket.gethostname()}: {first_line(error)}"]
+    if failures := gather_lists(failed):
+        raise OSError(failures[0])
+    assert done is not None
+    return done[0]
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from amint_ray.contracts import first_line
+from amint_ray.train.reduce import gather_lists
 
 _METADATA = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
@@ -51,7 +53,8 @@ def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         folder: this worker's own, or one for all.
 
     Raises:
-        OSError: some worker could not write its share; all raise it.
+        OSError: some worker could not write its share; all raise it. Its text begins with that
+            worker's folder and machine.
     """
     weights, moments = get_state_dict(model, optimizer)
     try:
@@ -59,8 +62,10 @@ def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
             {"model": weights, "optimizer": moments},
             storage_writer=FileSystemWriter(folder, sync_files=False),
         )
-    except CheckpointException as error:
-        raise OSError(_cause(error)) from error
+    except CheckpointException as error:  # on all workers, whosever failure it is
+        places = gather_lists([f"{folder} of {socket.gethostname()}"])
+        rank = min(error.failures, default=0)
+        raise OSError(f"{places[rank]}: {_cause(error)}") from error
 
 
 def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -90,7 +95,7 @@ def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 
 def _cause(error: CheckpointException) -> str:
     """The first worker's failure; the exception itself is no `Exception`, and long."""
-    return next((first_line(cause) for cause, _ in error.failures.values()), "no reason given")
+    return next((first_line(cause) for _, (cause, _) in sorted(error.failures.items())), "unknown")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from amint_ray.contracts import first_line
 from amint_ray.train.objective import Objective
-from amint_ray.train.reduce import gather_lists, is_rank_zero
+from amint_ray.train.reduce import gather_lists, is_rank_zero, together
 from amint_ray.train.shards import load_shards, save_shards
 from amint_ray.train.update import Update
 
@@ -73,16 +73,19 @@ class TrainState:
             final: the run ends here; the weights are written whole in any case.
 
         Raises:
-            OSError: the disk is full, for instance; every worker that calls raises it.
+            OSError: the disk is full, for instance; every worker that calls raises it. Where the
+                state is sharded, its text begins with the folder and the machine.
         """
         if not self.sharded:
-            _save_whole(self, folder)
+            save_weights(self.model, folder / WEIGHTS)
+            _save_optimizer(self.update.optimizer, folder / OPTIMIZER)
             checks = _file_checks(folder)
         else:
             save_shards(self.model, self.update.optimizer, folder)
             if final:
-                _together(lambda: save_weights(self.model, folder / WEIGHTS))
-            checks = dict(gather_lists(list(_file_checks(folder).items())))
+                together(lambda: save_weights(self.model, folder / WEIGHTS), where=folder)
+            mine = together(lambda: _file_checks(folder), where=folder)
+            checks = dict(gather_lists(list(mine.items())))
         description: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -96,10 +99,22 @@ class TrainState:
             "files": checks,
         }
         text = json.dumps(description, indent=2)
-        if not self.sharded:
-            (folder / STATE).write_text(text)
+        self.on_rank_zero(lambda: (folder / STATE).write_text(text), where=folder)
+
+    def on_rank_zero(self, write: Callable[[], Any], *, where: Path) -> None:
+        """Write what rank 0 alone does; every worker that calls `save` calls this.
+
+        Args:
+            write: may raise OSError.
+            where: the folder given to `save`.
+
+        Raises:
+            OSError: as from `save`.
+        """
+        if self.sharded:
+            together(lambda: write() if is_rank_zero() else None, where=where)
         else:
-            _together(lambda: (folder / STATE).write_text(text) if is_rank_zero() else None)
+            write()
 
     def load(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -160,33 +175,23 @@ def _file_checks(folder: Path) -> dict[str, list[int]]:
     return {file.name: _file_check(file) for file in sorted(folder.iterdir())}
 
 
-def _save_whole(state: TrainState, folder: Path) -> None:
+def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     try:
-        save_weights(state.model, folder / WEIGHTS)
-        torch.save(state.update.optimizer.state_dict(), folder / OPTIMIZER)
-    except (RuntimeError, SafetensorError) as error:  # what the two make of a failed write
-        raise OSError(f"{folder} cannot be written to: {first_line(error)}") from error
-
-
-def _together(write: Callable[[], Any]) -> None:
-    """Do it on every worker; where it fails on one, it fails on all, and none waits for another.
-
-    Raises:
-        OSError: what the first one met.
-    """
-    failed = []
-    try:
-        write()
-    except (OSError, SafetensorError) as error:
-        failed = [first_line(error)]
-    if failures := gather_lists(failed):
-        raise OSError(failures[0])
+        with path.open("wb") as file:
+            torch.save(optimizer.state_dict(), file)
+    except RuntimeError as error:  # of a failed write, or of a GPU that has no memory left
+        if isinstance(error.__context__, OSError):
+            raise OSError(first_line(error.__context__)) from error
+        raise
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """A model's weights and buffers as safetensors, put together from all workers' shares.
 
     Every worker that has a share must call this; rank 0 writes.
+
+    Raises:
+        OSError: it cannot.
     """
     whole = {}
     for name, value in model.state_dict().items():
@@ -194,4 +199,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         if is_rank_zero():
             whole[name] = value.detach().cpu().contiguous()
     if is_rank_zero():
-        save_file(whole, path)
+        try:
+            save_file(whole, path)
+        except SafetensorError as error:  # whatever keeps it from writing
+            raise OSError(first_line(error)) from error

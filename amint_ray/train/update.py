@@ -125,7 +125,11 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def create_update(
-    model: nn.Module, config: Train, steps_per_epoch: int, *, rows: int | None = None
+    model: nn.Module,
+    config: Train,
+    steps_per_epoch: int,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> Update:
     """Optimiser and schedule from timm's factories.
 
@@ -133,7 +137,7 @@ def create_update(
         model: to be trained.
         config: tells which.
         steps_per_epoch: updates in an epoch.
-        rows: of D that every worker has in a step at least, which `train.micro_batch` divides.
+        rows: (fewest, most) of D that a worker has in a step; None: `train.batch_size`.
 
     Raises:
         UserError: timm has no such optimiser, or it does not take these options.
@@ -189,13 +193,19 @@ def create_update(
         scheduler,
         precision=config.precision,
         clip_grad=config.clip_grad,
-        accumulate=micro_batches(config, rows or config.batch_size),
+        accumulate=micro_batches(config, *(rows or (config.batch_size,) * 2)),
     )
 
 
-def micro_batches(config: Train, rows: int) -> int:
-    """Micro-batches that a worker computes its `rows` rows of D in."""
+def micro_batches(config: Train, fewest: int, most: int) -> int:
+    """Micro-batches that a worker computes its rows of D in, as many in every step.
+
+    Args:
+        config: tells how large they may be.
+        fewest: rows of D that a worker has in a step.
+        most: likewise.
+    """
     if config.micro_batch is None:
         return config.accumulate
-    most = max(1, rows // 2)  # a single row has no BatchNorm statistics
-    return max(config.accumulate, min(most, math.ceil(rows / config.micro_batch)))
+    possible = max(1, fewest // 2)  # a single row has no BatchNorm statistics
+    return max(config.accumulate, min(possible, math.ceil(most / config.micro_batch)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,40 @@ def test_each_folder_is_new_and_empty_and_the_process_keeps_its_own(disk: Path) 
     Staging()
     assert len(set(folders)) == 3
     assert all(folder.is_dir() and not list(folder.iterdir()) for folder in folders)
-    assert {folder.parent.name.startswith(PREFIX) for folder in folders} == {True}
+    assert {folder.name.startswith(PREFIX) for folder in folders} == {True}
 
 
-def test_a_folder_taken_away_meanwhile_is_made_again(disk: Path) -> None:
+def test_folders_that_were_uploaded_are_counted_no_more_and_leave_nothing(disk: Path) -> None:
     staging = Staging()
-    first = staging.new_folder()
-    first.rmdir()
-    first.parent.rmdir()
-    assert staging.new_folder().is_dir()
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    folders = [staging.new_folder() for _ in range(3)]
+    assert staging.waiting == 3
+    for left, folder in zip((2, 1, 0), folders, strict=True):
+        folder.rmdir()
+        assert staging.waiting == left
+    assert list(disk.iterdir()) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+
+def test_a_folder_taken_by_another_process_before_it_is_locked_is_made_again(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = Staging()
+    taken: list[str] = []
+
+    def make(**options: str) -> str:
+        folder = make_folder(**options)
+        if not taken:
+            Staging()
+            taken.append(folder)
+        return folder
+
+    make_folder = tempfile.mkdtemp
+    monkeypatch.setattr("tempfile.mkdtemp", make)
+    folder = staging.new_folder()
+    assert not Path(taken[0]).exists()
+    assert list(disk.iterdir()) == [folder]
+    assert staging.waiting == 1
 
 
 def test_a_disk_that_takes_nothing_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from training_setup import (
     CONVNEXT,
@@ -22,7 +22,9 @@ from training_setup import (
 )
 
 from amint_ray.config.schema import Config, Loss
-from amint_ray.train.loop import create_state, train
+from amint_ray.evaluation.scores import score
+from amint_ray.model.sync_norm import synchronise_norms
+from amint_ray.train.loop import SCORES, _write, create_state, train
 from amint_ray.train.parallel import replicate
 from amint_ray.train.step import SUMS, train_step
 
@@ -157,6 +159,67 @@ def sharded_run(folder: Path, rank: int, world_size: int, *, dies: bool = False)
     }
 
 
+class Rows(NamedTuple):
+    """What a BatchNorm layer is given: numbers about a mean, of a precision, under autocast."""
+
+    mean: float
+    spread: float
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+    def make(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """11 rows of three channels, and what the loss weighs the output by."""
+        x, weight = torch.randn(2, 11, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+        return (x * self.spread + self.mean).to(self.dtype), weight
+
+    def through(
+        self, norm: nn.Module, x: torch.Tensor, weight: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        x = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
+            y = norm(x)
+        (y * weight).sum().backward()
+        assert x.grad is not None
+        return {"y": y.detach(), "gradient": x.grad, **norm.state_dict()}
+
+
+NORMS = {
+    "far-from-zero": Rows(300.0, 0.05),
+    "bfloat16": Rows(3.0, 1.0, torch.bfloat16, torch.bfloat16),
+    "float32-under-bfloat16": Rows(3.0, 1.0, torch.float32, torch.bfloat16),
+    "float16": Rows(30.0, 20.0, torch.float16, torch.float16),
+}
+
+
+def norms(rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
+    """This worker's rows through a synchronised layer."""
+    found = {}
+    for name, rows in NORMS.items():
+        norm = synchronise_norms(nn.BatchNorm2d(3), torch.device("cpu"))
+        mine = [values[rank::world_size] for values in rows.make()]
+        found[name] = rows.through(norm, *mine)
+    return found
+
+
+def full_disks(folder: Path, rank: int, world_size: int) -> dict[str, str]:
+    """What this worker is told where one of them cannot write its share, or rank 0 the scores."""
+    architecture, device = architecture_of(SHARDED), torch.device("cpu")
+    state = create_state(SHARDED, architecture, 1, device, world_size=world_size)
+    scores = score(state.model, [], device)
+    said = {}
+    for what, bad_rank in (("share", 1), ("scores", 0)):
+        mine = folder / f"{what}-of-{rank}"
+        (mine / SCORES if what == "scores" else mine).mkdir(parents=True)
+        if what == "share" and rank == bad_rank:
+            mine.rmdir()
+            mine.touch()
+        try:
+            _write(state, {}, architecture, scores if what == "scores" else None, mine)
+        except OSError as error:
+            said[what] = str(error)
+    return said
+
+
 def _jobs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{name}-{parallel}": twenty_steps(in_parallel(config, parallel), rank, world_size)
@@ -164,6 +227,8 @@ def _jobs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         for parallel in ("ddp", "fsdp")
     }
     found["straight"] = sharded_run(folder / f"straight-{world_size}", rank, world_size)
+    found["norms"] = norms(rank, world_size)
+    found["full disks"] = full_disks(folder / f"full-{world_size}", rank, world_size)
     if world_size == 3:
         sharded_run(folder / "broken", rank, world_size, dies=True)
     return found

@@ -138,6 +138,47 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     assert [event["phase"] for event in again.events] == ["evaluate"]
 
 
+def test_long_training_is_not_risked_while_samples_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies then only scores; its best checkpoints are not pushed out by the same one."""
+
+    class Dies(LocalContext):
+        def progress(self, event: Mapping[str, Any]) -> None:
+            super().progress(event)
+            if event["phase"] == "evaluate":
+                raise ConnectionError("the worker died")
+
+        def report(
+            self, metrics: Mapping[str, Any], write: Any, *, everywhere: bool = False
+        ) -> bool:
+            reported.append(dict(metrics))
+            return super().report(metrics, write, everywhere=everywhere)
+
+    reported: list[dict[str, Any]] = []
+    config = config_of(CONVNEXT, train={"epochs": 3, "checkpoint_every": 2})
+    for name in ("straight", "quick", "long"):
+        (tmp_path / name).mkdir()
+    straight = _run(config, LocalContext(tmp_path / "straight"))
+    with pytest.raises(ConnectionError):
+        _run(config, Dies(tmp_path / "quick"))
+    assert [metrics["epoch"] for metrics in reported] == [2]
+
+    reported.clear()
+    monkeypatch.setattr("amint_ray.train.loop._SECONDS_WORTH_A_CHECKPOINT", 0.0)
+    with pytest.raises(ConnectionError):
+        _run(config, Dies(tmp_path / "long"))
+    assert [metrics["epoch"] for metrics in reported] == [2, 3]
+    assert reported[1] == {"epoch": 3}
+    context = LocalContext(tmp_path / "long")
+    resumed = _run(config, context)
+    assert [event["phase"] for event in context.events] == ["evaluate"]
+    assert_same_weights(resumed.model.state_dict(), straight.model.state_dict())
+    assert _history(resumed) == _history(straight)
+    for name, column in vars(straight.scores).items():
+        assert np.array_equal(getattr(resumed.scores, name), column), name
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -194,6 +235,41 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
         assert done.stdout.startswith("OSError: "), done.stderr
         said.append(sorted(file.name for file in folder.iterdir()))
     assert STATE not in said[0] + said[1]
+
+
+def test_a_full_disk_is_told_from_other_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser's file is torch's, which has one error for all."""
+    config = config_of(CONVNEXT, train={"optimizer": "adam", "epochs": 1})
+    state = fresh_state(config)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.update.step()
+    (tmp_path / OPTIMIZER).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        state.save(tmp_path, identity={}, architecture="{}")
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.save", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        state.save(tmp_path, identity={}, architecture="{}")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / WEIGHTS).touch()
+        raise OSError("No space left on device")
+
+    context = LocalContext(tmp_path)
+    context.report({}, lambda folder: (folder / STATE).touch())
+    with pytest.raises(OSError, match="No space left"):
+        context.report({}, fail)
+    (only,) = tmp_path.iterdir()
+    with context.latest_checkpoint() as last:
+        assert last == only
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:

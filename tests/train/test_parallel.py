@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import parallel_jobs
 import pytest
 import torch
-from parallel_jobs import CONFIGS, SHARDED, STEPS, in_parallel, latest, twenty_steps
+from parallel_jobs import CONFIGS, NORMS, SHARDED, STEPS, Rows, in_parallel, latest, twenty_steps
 from safetensors.torch import load_file
 from torch import nn
 from training_setup import architecture_of, fresh_state
@@ -92,6 +93,35 @@ def test_losses_are_those_of_one_worker(
             torch.testing.assert_close(got["weights"][key], value, rtol=1e-3, atol=5e-5, msg=key)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", NORMS)
+def test_synchronised_norms_are_one_norm_over_all_rows(
+    several: dict[int, list[dict[str, Any]]], name: str, world_size: int
+) -> None:
+    """Against torch's in float64; as exact as the precision of input and output allows."""
+    rows = NORMS[name]
+    x, weight = rows.make()
+    exact = Rows(rows.mean, rows.spread).through(
+        nn.BatchNorm2d(3).double(), x.double(), weight.double()
+    )
+    like = rows.through(nn.BatchNorm2d(3), x, weight)
+    # A number's rounding, in units of the spread that it is divided by.
+    scale = max(1.0, rows.mean / rows.spread)
+    tolerance = {"y": torch.finfo(rows.dtype).eps * 4 * scale}
+    tolerance["gradient"] = tolerance["y"] / rows.spread
+    for rank, found in enumerate(several[world_size]):
+        got = found["norms"][name]
+        assert got["y"].dtype == like["y"].dtype
+        for key in ("y", "gradient"):
+            expected = exact[key][rank::world_size]
+            torch.testing.assert_close(
+                got[key].double(), expected, rtol=torch.finfo(rows.dtype).eps, atol=tolerance[key]
+            )
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            assert got[key].dtype == like[key].dtype
+            torch.testing.assert_close(got[key], exact[key].to(got[key].dtype), rtol=1e-4, atol=0)
+
+
 def test_float16_skips_the_same_steps_sharded_or_not(
     several: dict[int, list[dict[str, Any]]],
 ) -> None:
@@ -159,6 +189,18 @@ def test_the_last_sharded_checkpoint_holds_whole_weights_and_all_scores(
     assert len(set(scores.sample_id.tolist())) == len(scores) == 65
 
 
+@pytest.mark.parametrize(("what", "bad_rank"), [("share", 1), ("scores", 0)])
+def test_where_one_worker_cannot_write_all_are_told_where(
+    several: dict[int, list[dict[str, Any]]], folder: Path, what: str, bad_rank: int
+) -> None:
+    for world_size, ranks in several.items():
+        place = f"{folder / f'full-{world_size}' / f'{what}-of-{bad_rank}'} of "
+        told = [rank["full disks"][what] for rank in ranks]
+        assert len(set(told)) == 1
+        assert told[0].startswith(f"{place}{socket.gethostname()}: ")
+        assert "directory" in told[0] or "exists" in told[0]
+
+
 def test_a_checkpoint_of_other_roles_is_not_taken(
     several: dict[int, list[dict[str, Any]]], folder: Path
 ) -> None:
@@ -191,17 +233,18 @@ def test_a_pickle_in_the_shards_is_not_run(
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "micro_batch", "rows", "expected"),
+    ("accumulate", "micro_batch", "fewest", "most", "expected"),
     [
-        *((1, None, 64, 1), (4, None, 64, 4), (1, 16, 64, 4), (1, 16, 33, 3)),
-        *((2, 64, 64, 2), (1, 2, 5, 2), (1, 2, 1, 1), (1, 100, 8, 1)),
+        *((1, None, 64, 64, 1), (4, None, 64, 64, 4), (1, 16, 64, 64, 4), (1, 16, 33, 33, 3)),
+        *((2, 64, 64, 64, 2), (1, 2, 5, 5, 2), (1, 2, 1, 1, 1), (1, 100, 8, 8, 1)),
+        *((1, 2, 32, 33, 16), (1, 16, 32, 33, 3)),
     ],
 )
 def test_micro_batches_hold_no_more_than_asked_and_no_single_row(
-    accumulate: int, micro_batch: int | None, rows: int, expected: int
+    accumulate: int, micro_batch: int | None, fewest: int, most: int, expected: int
 ) -> None:
     config = SHARDED.train.model_copy(update={"accumulate": accumulate, "micro_batch": micro_batch})
-    assert micro_batches(config, rows) == expected
+    assert micro_batches(config, fewest, most) == expected
 
 
 def test_whole_and_sharded_are_two_configurations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from training_setup import (
     VIT,
     Backbone,
     Stepped,
+    architecture_of,
     assert_same_weights,
     config_of,
     fresh_state,
@@ -24,9 +26,11 @@ from training_setup import (
 )
 
 from amint_ray.config.schema import Loss
+from amint_ray.contracts import Batch
+from amint_ray.train.loop import LocalContext, train
 from amint_ray.train.objective import Objective
 from amint_ray.train.state import TrainState
-from amint_ray.train.step import forward
+from amint_ray.train.step import forward, split
 
 SGD = {"optimizer": "sgd", "lr": 0.02}
 PLAIN_VIEWS = {"augment": "crop_flip"}  # a third kind of rows: D plain, for the head alone
@@ -253,6 +257,23 @@ def test_the_whole_gradient_is_clipped(precision: str, accumulate: int) -> None:
 def test_a_short_gradient_is_not_clipped() -> None:
     free, clipped = (run(CONVNEXT, {"clip_grad": limit}) for limit in (None, 1e4))
     assert_same_weights(clipped.weights, free.weights)
+
+
+def test_no_micro_batch_is_a_single_row_where_steps_are_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28 images in batches of 27 are two steps of 14."""
+    config = config_of(CONVNEXT, train={"batch_size": 27, "micro_batch": 2, "epochs": 1})
+    rows = []
+
+    def watched(batch: Batch, parts: int) -> list[Batch]:
+        found = split(batch, parts)
+        rows.append([part.n_task for part in found])
+        return found
+
+    monkeypatch.setattr("amint_ray.train.step.split", watched)
+    train(config, architecture_of(config), streams_of(config), LocalContext(tmp_path))
+    assert rows == [[2] * 7] * 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
