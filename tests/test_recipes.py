@@ -25,7 +25,7 @@ from amint_ray.model.joint import plan_architecture
 from amint_ray.train.loop import LocalContext, train
 
 CLASSES = 3
-TRAINED = ("digits", "mnist_vit", "cifar10_mobilenet", "tiny_imagenet_xception")
+TRAINED = ("digits", "mnist_vit", "cifar10_mobilenet", "tiny_imagenet_vit")
 TRAINED += ("imagenet1k_efficientnet_b0",)
 
 

@@ -94,7 +94,8 @@ def fit(
         train_loop_config={
             "config": config,
             "run_name": prepared.run_name,
-            "architecture": prepared.architecture,
+            # By reference: the controller reads this, and would import timm for what it has no use.
+            "architecture": ray.put(prepared.architecture),
             "manifest": prepared.dataset.index.manifest.fingerprint,
             "data": data,
             # On object storage, and on one machine, there is nothing to be found out.

@@ -27,9 +27,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Wire the loop to its data and its world.
 
     Args:
-        arguments: `config`, `architecture`, `run_name`, `manifest` (its fingerprint), `data` for
-            `open_streams`, and `sign`: a file of the driver's in storage that every node must see;
-            None: any will.
+        arguments: `config`, `architecture` (a reference to it), `run_name`, `manifest` (its
+            fingerprint), `data` for `open_streams`, and `sign`: a file of the driver's in storage
+            that every node must see; None: any will.
 
     Returns:
         The history, and when what happened, for the driver's clock; or `failed` and why; or
@@ -45,7 +45,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     streams = open_streams(config, arguments["data"], context)
     try:
         trained = train(
-            config, arguments["architecture"], streams, context, manifest=arguments["manifest"]
+            config,
+            ray.get(arguments["architecture"]),
+            streams,
+            context,
+            manifest=arguments["manifest"],
         )
     except FloatingPointError as error:
         # Every rank sees the same sums and comes here. An exception would have Ray try again, to

@@ -260,8 +260,7 @@ def test_without_the_head_nothing_is_said_of_it(tmp_path: Path) -> None:
     "signum, moment, recorded",
     [
         (signal.SIGINT, "epoch 1 ", ["KILLED"]),
-        (signal.SIGTERM, "starting 2 workers", ["KILLED"]),
-        (signal.SIGHUP, "starting Ray", []),
+        (signal.SIGHUP, "starting 2 workers", ["KILLED"]),
         (signal.SIGTERM, "starting Ray", []),
         (signal.SIGKILL, "epoch 1 ", ["RUNNING"]),
     ],
