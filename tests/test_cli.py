@@ -113,12 +113,20 @@ def test_yaml_that_does_not_parse_names_the_place(
     assert "bad.yaml, line 3" in complaint(capfd, "train", "bad.yaml")
 
 
-@pytest.mark.parametrize("uri", ["garbage://x", "not a uri", "mlruns", "http://[", "sqlite://"])
+@pytest.mark.parametrize("uri", ["garbage://x", "not a uri", "mlruns", "sqlite://"])
 def test_a_tracking_address_that_is_none_is_noticed_first(
     uri: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert uri in complaint(capfd, "train", "digits")
+
+
+def test_a_tracking_address_that_cannot_be_told_from_a_password_is_not_shown(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunt[er2@host")
+    line = complaint(capfd, "train", "digits")
+    assert "MLFLOW_TRACKING_URI is no address" in line and "er2" not in line
 
 
 def test_a_database_that_is_none_is_noticed_first(

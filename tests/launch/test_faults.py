@@ -21,8 +21,9 @@ from infra.local.stack import LocalStack
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EPOCHS = 25
+EPOCHS = 16
 RUN = ["train", "digits", f"train.epochs={EPOCHS}", "train.checkpoint_every=1", "--json"]
+RUN += ["data.confounder_check=false"]
 ONCE = list(range(1, EPOCHS + 1))
 
 
@@ -146,21 +147,25 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     """A sharded model: each number of workers takes the checkpoint of the one before."""
     all_nodes(stack)
     settings = ["train.parallel=fsdp", "cluster.workers=[1,3]", "cluster.resize_seconds=2"]
-    epochs = 20
-    arguments = [*RUN, *settings, f"train.epochs={epochs}", "storage.path=s3://amint/elastic"]
+    arguments = [*RUN, *settings, "storage.path=s3://amint/elastic"]
     command = Command(tmp_path, arguments, environment=stack.environment)
     bucket = stack.folder / "s3/buckets/amint/elastic"
     command.wait_until(lambda: len(list(bucket.rglob("checkpoint_*/state.json"))) > 1)
     assert len(train_workers(stack.folder)) == 3
     stack.remove_node("worker-1", signal.SIGKILL)
     command.wait_until(lambda: "2 workers go on after epoch" in command.stderr)
+    halted = train_workers(stack.folder)  # or the run might end before the node is there
+    for worker in halted:
+        worker.suspend()
     stack.add_node("worker-1")
+    for worker in halted:
+        worker.resume()
     document = command.document()
     assert "3 workers go on after epoch" in command.stderr.partition("2 workers go on")[2]
     assert document["workers"] == 3
     assert command.leftovers() == []
     uri = stack.environment["MLFLOW_TRACKING_URI"]
-    assert told(uri, document["run_id"]) == list(range(1, epochs + 1))
+    assert told(uri, document["run_id"]) == ONCE
     losses = mlflow.MlflowClient(uri).get_metric_history(document["run_id"], "train/task_loss")
     assert all(math.isfinite(point.value) for point in losses)
     assert losses[-1].value < 0.1 < losses[0].value
