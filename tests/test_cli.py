@@ -74,6 +74,10 @@ def unused_port() -> int:
         (["digits", "mint.taps=[stage.1]"], ["mint.taps", "'stage.1'", "stages.1"]),
         (["digits", "mint.head=tokens", "mint.head=words"], ["mint.head = 'words'", "'tokens'"]),
         (["digits", "data.shares.withheld=1.2"], ["data.shares.withheld = 1.2", "equal to 1"]),
+        *(
+            (["digits", f"cluster.workers={value}"], ["cluster.workers = ", "[fewest, most]"])
+            for value in ("[3, 1]", "zwei", "0", "[1, 2, 3]")
+        ),
         (["digits", "cluster.workers=4096"], ["cluster.workers = 4096", "cores"]),
         (["digits", "model.backbone=resnet51"], ["'resnet51'", "resnet50"]),
         (["digits", "model.options.sides=3"], ["convnext_atto", "sides"]),

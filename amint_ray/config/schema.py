@@ -212,6 +212,16 @@ class Cluster(Section):
     """How often the run starts again from its last checkpoint when a worker or a node dies; −1:
     always."""
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_number_or_two(cls, value: Any) -> Any:
+        """In one line, where the union would give one for each of its kinds."""
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        whole = all(type(number) is int and number >= 1 for number in numbers)
+        if value is None or (whole and numbers[0] <= numbers[-1]):
+            return value
+        raise ValueError("write a whole number from 1 on, or two of them, [fewest, most]")
+
 
 class Storage(Section):
     """Where checkpoints go."""

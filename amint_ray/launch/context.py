@@ -23,6 +23,7 @@ from amint_ray.train.state import DamagedCheckpointError, check_checkpoint
 
 _MOST_AHEAD = 2
 _SECONDS_WORTH_A_WORD = 10.0
+_TAKEN = "the one before it is taken"
 
 
 class RayContext:
@@ -98,7 +99,11 @@ class RayContext:
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """The newest checkpoint of this run that is whole; fetched if it is not on this node."""
+        """The newest checkpoint of this run that is whole; fetched if it is not on this node.
+
+        Raises:
+            DamagedCheckpointError: there are some, and none is whole; on all ranks.
+        """
         newest = ray.train.get_checkpoint()
         if newest is None:
             yield None
@@ -107,7 +112,7 @@ class RayContext:
         earlier = [checkpoint for checkpoint in reported if checkpoint.path != newest.path]
         # Their names are dates. Ray has them in the order of `storage.keep_best`, if that is set.
         earlier.sort(key=lambda checkpoint: str(checkpoint.path), reverse=True)
-        for checkpoint in [newest, *earlier]:
+        for place, checkpoint in enumerate([newest, *earlier], start=1):
             with contextlib.ExitStack() as stack:
                 folder, faults = None, []
                 try:
@@ -118,9 +123,10 @@ class RayContext:
                 # What one worker cannot read none may take: they must all go on from the same.
                 if faults := gather_lists(faults):
                     name = checkpoint.path.rpartition("/")[2]
-                    text = f"{name} cannot be used: {faults[0]}; the one before it is taken"
+                    after = "none is before it" if place > len(earlier) else _TAKEN
+                    text = f"{name} cannot be used: {faults[0]}; {after}"
                     self.progress({"phase": "notice", "text": text})
                     continue
                 yield folder
                 return
-        raise DamagedCheckpointError("none of the run's checkpoints can be used")
+        raise DamagedCheckpointError("no checkpoint of the run can be used; begin anew with --new")

@@ -18,6 +18,7 @@ from amint_ray.launch.context import RayContext
 from amint_ray.launch.progress import give_up, given_up
 from amint_ray.train.loop import train
 from amint_ray.train.reduce import gather_lists
+from amint_ray.train.state import DamagedCheckpointError
 
 _SECONDS_TO_APPEAR = 5.0
 """Of a new file on a file system that all nodes share."""
@@ -51,6 +52,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             context,
             manifest=arguments["manifest"],
         )
+    except DamagedCheckpointError as error:
+        return {"failed": str(error), "diverged": False}
     except FloatingPointError as error:
         # Every rank sees the same sums and comes here. An exception would have Ray try again, to
         # the same end.

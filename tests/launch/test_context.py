@@ -17,7 +17,7 @@ from torch import distributed
 
 from amint_ray.launch.context import RayContext
 from amint_ray.launch.progress import Sender
-from amint_ray.train.state import STATE
+from amint_ray.train.state import STATE, DamagedCheckpointError
 
 SYNC, ASYNC = ray.train.CheckpointUploadMode.SYNC, ray.train.CheckpointUploadMode.ASYNC
 
@@ -92,6 +92,12 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_whichever_is_best(
         assert taken == Path(checkpoints[2].path)
     (text,) = world.said
     assert text.endswith(f"{STATE} is missing; the one before it is taken")
+    for checkpoint in checkpoints[:3]:
+        Path(checkpoint.path, STATE).unlink()
+    context = RayContext("run")
+    with pytest.raises(DamagedCheckpointError, match="--new"), context.latest_checkpoint():
+        pass
+    assert world.said[-1].endswith(f"{STATE} is missing; none is before it")
 
 
 def report_together(rank: int, folder: Path) -> None:
