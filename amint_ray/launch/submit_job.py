@@ -63,6 +63,12 @@ def dashboard_address(address: str | None) -> str:
             f"--address={without_secrets(address)}: jobs are sent to Ray's dashboard; write "
             "http://HOST:8265"
         )
+    for name in _ADDRESSES[:2]:  # RAY_ADDRESS may name what no job is sent to
+        if value := os.environ.get(name):
+            raise UserError(
+                f"{name}={without_secrets(value)}: is not the address of Ray's dashboard; write "
+                "http://HOST:8265"
+            )
     raise UserError(
         f"no address of Ray's dashboard: give --address=http://HOST:8265, or set {_ADDRESSES[0]}"
     )
@@ -109,6 +115,13 @@ def parse_runtime_env(file: str) -> dict[str, Any]:
     environment = {} if environment is None else environment
     if not isinstance(environment, dict) or not isinstance(environment.get("env_vars") or {}, dict):
         raise UserError(f"--runtime-env={file}: write a mapping, and a mapping of env_vars in it")
+    from ray.runtime_env import RuntimeEnv
+
+    known = sorted(field for field in RuntimeEnv.known_fields if not field.startswith("_"))
+    if unknown := [str(key) for key in environment if key not in known]:
+        raise UserError(
+            f"--runtime-env={file}: unknown key {', '.join(unknown)}; Ray knows {', '.join(known)}"
+        )
     return environment
 
 

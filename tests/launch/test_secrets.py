@@ -148,6 +148,10 @@ def test_the_address_comes_from_the_first_variable_that_has_one(
     assert dashboard_address("http://given") == "http://given"
     with pytest.raises(UserError, match="write http://HOST:8265"):
         dashboard_address("10.0.0.1:6379")
+    for name in ("RAY_DASHBOARD", "RAY_ADDRESS"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="is not the address of Ray"):
+        dashboard_address(None)
 
 
 def test_the_runtime_environment_that_ships_holds_no_secret_and_no_folder() -> None:
@@ -164,6 +168,7 @@ def test_the_runtime_environment_that_ships_holds_no_secret_and_no_folder() -> N
         ("a: [", "cannot be read: "),
         ("- 1", "write a mapping"),
         ("env_vars: 1", "write a mapping"),
+        ("env_var: {A: b}", "unknown key env_var; Ray knows "),
         ("env_vars: {HF_TOKEN: not-to-be-seen}", "env_vars.HF_TOKEN: Ray shows what is sent"),
     ],
 )
