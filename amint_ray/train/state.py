@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from amint_ray.contracts import first_line
 from amint_ray.train.objective import Objective
 from amint_ray.train.reduce import gather_lists, is_rank_zero, together
-from amint_ray.train.shards import load_shards, save_shards
 from amint_ray.train.update import Update
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
@@ -81,6 +80,9 @@ class TrainState:
             _save_optimizer(self.update.optimizer, folder / OPTIMIZER)
             checks = _file_checks(folder)
         else:
+            # Most runs need none of it, and every worker waits for its imports.
+            from amint_ray.train.shards import save_shards
+
             save_shards(self.model, self.update.optimizer, folder)
             if final:
                 together(lambda: save_weights(self.model, folder / WEIGHTS), where=folder)
@@ -133,6 +135,8 @@ class TrainState:
                     f"{folder}: checkpoint with {name} {description[name]}, this run has {here}"
                 )
         if self.sharded:
+            from amint_ray.train.shards import load_shards
+
             load_shards(self.model, self.update.optimizer, folder)
         else:
             self.model.load_state_dict(load_file(folder / WEIGHTS))

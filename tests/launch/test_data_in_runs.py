@@ -173,7 +173,15 @@ def test_a_planted_confounder_is_told_loudly(tmp_path: Path) -> None:
     hub_file(tmp_path / "train-0.parquet", [png(p) for p in kept], labels)
     command = Command(
         tmp_path,
-        ["train", "digits", "data.source=parquet", "data.path=.", "train.epochs=1", *SMALL],
+        [
+            "train",
+            "digits",
+            "data.source=parquet",
+            "data.path=.",
+            "train.epochs=1",
+            *SMALL,
+            "cluster.workers=1",
+        ],
     )
     assert command.wait() == 0, command.stderr
     assert "WARNING: the split is confounded" in command.stderr

@@ -247,7 +247,8 @@ def test_two_runs_at_once_and_any_number_of_workers_agree(run: Run, tmp_path: Pa
 
 def test_without_the_head_nothing_is_said_of_it(tmp_path: Path) -> None:
     command = Command(
-        tmp_path, ["train", "digits", "train.epochs=1", "loss.lambda_mint=0", "--json"]
+        tmp_path,
+        ["train", "digits", "train.epochs=1", "loss.lambda_mint=0", "cluster.workers=1", "--json"],
     )
     document = command.document()
     assert document["model_uri"] == "models:/amint-digits-plain/1"
