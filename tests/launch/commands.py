@@ -127,3 +127,16 @@ def on_own_disk(folder: Path, options: str = "", then: str = ":") -> tuple[str, 
         pytest.skip("this machine lets nobody mount a disk of his own")
     script = f'mount -t tmpfs {options} none "$0" || exit\n{then}\nexec "$@"\n'
     return *unshare, script, str(folder)
+
+
+def train_workers(folder: Path) -> list[psutil.Process]:
+    """Ray Train's workers on a stack's nodes."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("RAY_AUTH_TOKEN_PATH") == str(folder / "ray_token")
+            if ours and "TrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

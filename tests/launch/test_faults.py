@@ -15,7 +15,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from launch.commands import Command, on_own_disk
+from launch.commands import Command, on_own_disk, train_workers
 
 from infra.local.stack import LocalStack
 
@@ -60,23 +60,18 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         yield running
 
 
-def train_workers(folder: Path) -> list[psutil.Process]:
-    """Ray Train's workers on a stack's nodes."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get("RAY_AUTH_TOKEN_PATH") == str(folder / "ray_token")
-            if ours and "TrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
 def newest_checkpoint(folder: Path) -> str:
     """The name, which is a date, of the newest one that is whole; "" where there is none."""
     found = [file.parent.name for file in folder.rglob("checkpoint_*/state.json")]
     return max(found, default="")
+
+
+def head_and_one_more(stack: LocalStack) -> None:
+    """Whatever the test before has left: two workers are cheaper to start than three."""
+    if "worker-1" not in stack.nodes:
+        stack.add_node("worker-1")
+    if "worker-2" in stack.nodes:
+        stack.remove_node("worker-2")
 
 
 def listed_checkpoints(folder: Path) -> list[str]:
@@ -138,15 +133,12 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     stack: LocalStack, tmp_path: Path
 ) -> None:
     """A sharded model: each number of workers takes the checkpoint of the one before."""
-    if "worker-1" not in stack.nodes:
-        stack.add_node("worker-1")
-    if "worker-2" in stack.nodes:  # two workers and one are cheaper to start than three and two
-        stack.remove_node("worker-2")
+    head_and_one_more(stack)
     settings = ["train.parallel=fsdp", "cluster.workers=[1,3]", "cluster.resize_seconds=2"]
     arguments = [*RUN, *settings, "storage.path=s3://amint/elastic"]
     command = Command(tmp_path, arguments, environment=stack.environment)
     bucket = stack.folder / "s3/buckets/amint/elastic"
-    command.wait_until(lambda: len(list(bucket.rglob("checkpoint_*/state.json"))) > 1)
+    command.wait_until(lambda: len(listed_checkpoints(bucket)) > 1)
     assert len(train_workers(stack.folder)) == 2
     stack.remove_node("worker-1", signal.SIGKILL)
     command.wait_until(lambda: "1 worker goes on after epoch" in command.stderr)
@@ -195,6 +187,7 @@ def test_the_same_command_goes_on_where_a_killed_driver_was(
     stack: LocalStack, undisturbed: bytes, tmp_path: Path
 ) -> None:
     """And takes the checkpoint before one that was cut short."""
+    head_and_one_more(stack)
     arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/resumed"]
     bucket = stack.folder / "s3/buckets/amint/resumed"
     killed = Command(tmp_path, arguments, environment=stack.environment)

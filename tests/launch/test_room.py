@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch.commands import Command, on_own_disk
+from launch.commands import Command, on_own_disk, train_workers
 
 from amint_ray.config.schema import Cluster
 from amint_ray.contracts import UserError
@@ -211,6 +211,9 @@ def test_a_cluster_that_others_use_is_waited_for_and_ctrl_c_ends_the_waiting(
     long = ["train", "digits", "train.epochs=10000", "data.confounder_check=false"]
     busy = Command(tmp_path, [*long, "cluster.workers=2"], environment=stack.environment)
     busy.wait_until(lambda: "epoch 1 " in busy.stderr)
+    workers = train_workers(stack.folder)
+    for worker in workers:  # they hold their cores for Ray, and need not use this machine's
+        worker.suspend()
     try:
         line = refused(stack, tmp_path, "cluster.workers=2", "cluster.wait_seconds=2")
         assert "cluster.workers = 2: others use the cluster: of its " in line
@@ -225,6 +228,8 @@ def test_a_cluster_that_others_use_is_waited_for_and_ctrl_c_ends_the_waiting(
         (run,) = (tmp_path / "amint_runs").glob("digits-*")
         on_the_cluster(stack, _GIVEN_UP, run.name, "put")
     finally:
+        for worker in workers:
+            worker.resume()
         busy.interrupt(signal.SIGINT)
     assert busy.wait() == 130
     # Else the same command would end at once with this word of an earlier try.
