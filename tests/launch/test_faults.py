@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 EPOCHS = 16
 RUN = ["train", "digits", f"train.epochs={EPOCHS}", "train.checkpoint_every=1", "--json"]
 RUN += ["data.confounder_check=false"]
+# How long Ray Train waits for workers on a node that is dead, if it does not know that yet.
+IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}  # a minute by default
 ONCE = list(range(1, EPOCHS + 1))
 
 
@@ -101,8 +103,7 @@ def test_killed_three_times_and_without_storage_a_run_ends_as_if_nothing_had_hap
 ) -> None:
     """Two workers and a node; on object storage, below a name with a space and an umlaut."""
     arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/my rüns"]
-    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}  # a minute by default
-    command = Command(tmp_path, arguments, environment={**stack.environment, **waits})
+    command = Command(tmp_path, arguments, environment={**stack.environment, **IMPATIENT})
     bucket = stack.folder / "s3/buckets/amint/my rüns"
     for _ in range(2):
         seen = newest_checkpoint(bucket)
@@ -136,7 +137,7 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     head_and_one_more(stack)
     settings = ["train.parallel=fsdp", "cluster.workers=[1,3]", "cluster.resize_seconds=2"]
     arguments = [*RUN, *settings, "storage.path=s3://amint/elastic"]
-    command = Command(tmp_path, arguments, environment=stack.environment)
+    command = Command(tmp_path, arguments, environment={**stack.environment, **IMPATIENT})
     bucket = stack.folder / "s3/buckets/amint/elastic"
     command.wait_until(lambda: len(listed_checkpoints(bucket)) > 1)
     assert len(train_workers(stack.folder)) == 2
