@@ -248,7 +248,7 @@ def measure(repeats: int, epochs: int) -> dict[str, Any]:
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    lines = ["| way, 2 workers | steps a second | seconds an epoch |", "|---|---|---|"]
+    lines = ["| way | steps a second | seconds an epoch |", "|---|---|---|"]
     for name, rates in found["steps_per_second"].items():
         lines.append(f"| {name} | {_spread(rates)} | {_spread(found['epoch_seconds'][name])} |")
     lines += ["", "| figure, median (least to most) | value |", "|---|---|"]

@@ -200,7 +200,7 @@ def _write_read_delete(address: str, seconds: float) -> str:
             with storage.open_input(place, name) as file:
                 if file.read() != content:
                     raise Wrong(f"{address}: gives back something else than was written")
-        except BaseException:
+        except BaseException:  # whatever it is, the probe is not to stay
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 storage.delete(place, name)
             raise

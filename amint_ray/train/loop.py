@@ -372,7 +372,7 @@ class LocalContext:
         draft = Path(tempfile.mkdtemp(dir=self._folder, prefix="draft_"))
         try:
             write_checkpoint(draft)
-        except BaseException:
+        except BaseException:  # a signal, too: no draft is to stay
             shutil.rmtree(draft, ignore_errors=True)
             raise
         draft.rename(self._folder / f"checkpoint_{self._count:06d}")

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from launch.silent import Silent
 from PIL import Image
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError
 from amint_ray.launch.describe_data import describe_data
-
-
-class Notes:
-    """A watcher that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.phases: list[str] = []
-        self.notices: list[str] = []
-
-    def phase(self, text: str) -> None:
-        self.phases.append(text)
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        pass
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-    def heartbeat(self) -> None:
-        pass
 
 
 def config_of(folder: Path, **data: object) -> Config:
@@ -49,7 +28,7 @@ def plant(folder: Path, count: int) -> None:
 
 def test_what_does_not_fit_into_memory_is_told_before_anything_is_decoded(tmp_path: Path) -> None:
     plant(tmp_path, 4)
-    watcher = Notes()
+    watcher = Silent()
     config = config_of(tmp_path, mode="memory", memory_gib=1e-9)
     with pytest.raises(UserError, match=r"data\.memory_gib allows"):
         describe_data(config, None, watcher)
@@ -60,7 +39,7 @@ def test_a_group_of_most_images_is_told(tmp_path: Path) -> None:
     plant(tmp_path, 120)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a/other.png")
-    watcher = Notes()
+    watcher = Silent()
     document = describe_data(config_of(tmp_path, near_duplicates=0), None, watcher)
     assert document["largest_group"] == 120
     assert document["near_duplicates"] == 119
