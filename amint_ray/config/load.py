@@ -38,7 +38,8 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file; None: the defaults.
-        overrides: `key.path=value` each, in OmegaConf's dotlist syntax; later ones win.
+        overrides: `key.path=value` each, in OmegaConf's dotlist syntax; later ones win. A mapping
+            of free keys (`model.options={}`) takes the place of the recipe's.
 
     Raises:
         UserError: no such recipe, a file that does not parse, an unknown key, a wrong type, a
@@ -178,8 +179,14 @@ def _merge(tree: DictConfig, override: str) -> DictConfig:
         raise UserError(f"config: override {override!r} is not of the form key.path=value")
     if value.strip() == "???":  # OmegaConf's sign for "to be filled in", which it skips
         raise UserError(f"config: override {override!r} gives no value")
+    path = key.strip().split(".")
     try:
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        given = OmegaConf.from_dotlist([override])
+        whole = isinstance(OmegaConf.select(given, key), DictConfig)
+        if whole and len(path) > 1 and not _keys_at(path):
+            # A mapping of free keys, such as `model.options={}`, takes the place of the recipe's.
+            OmegaConf.update(tree, key, {}, merge=False)
+        merged = OmegaConf.merge(tree, given)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"config: override {override!r}: {problem}") from error

@@ -55,6 +55,20 @@ def test_file_with_overrides_over_defaults(tmp_path: Path) -> None:
     assert config.model_dump() == expected
 
 
+def test_a_mapping_of_free_keys_takes_the_place_of_the_recipes() -> None:
+    assert load_config("digits").model.options  # the recipe has some
+    assert load_config("digits", ["model.options={}"]).model.options == {}
+    overrides = ["model.options={patch_size: 2}", "model.options.depths=[1]"]
+    assert load_config("digits", overrides).model.options == {"patch_size": 2, "depths": [1]}
+
+
+def test_a_mapping_of_known_keys_leaves_the_others() -> None:
+    shares = load_config("digits", ["data.shares={member: 0.10, external: 0.20}"]).data.shares
+    before = load_config("digits").data.shares
+    assert (shares.member, shares.external) == (0.1, 0.2)
+    assert shares.test == before.test
+
+
 def test_name_in_the_file_wins_over_the_file_name(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: other\n")
