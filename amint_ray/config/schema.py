@@ -243,10 +243,27 @@ class Tracking(Section):
     folder in the working directory are used.
     """
 
+    enabled: bool = True
+    """Record the run and register its model. Otherwise files and model go to `storage.path` alone,
+    in the run's folder."""
+
     experiment: Annotated[str, Field(min_length=1)] = "amint"
     """MLflow experiment of the run."""
     model_name: Annotated[str, Field(min_length=1, pattern=r"^[^/:.%\"']+$")] | None = None
     """Registered model's name; by default `amint-` and the recipe's name, with hyphens."""
+    parent_run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    """Id of the MLflow run that this one is shown below, such as a search's."""
+    steps_per_point: Annotated[int, Field(ge=1)] = 1
+    """Losses within an epoch are recorded as means over so many steps."""
+    system_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """Time between two records of each machine's processor, memory, disk, network and GPUs; 0:
+    none."""
+    spool: str | None = None
+    """Local folder in which records wait while MLflow does not answer; by default `spool` in
+    `storage.path`, or `amint_spool` in the working directory where that is on object storage."""
+    wait_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """How long a run that is done waits for an MLflow that does not answer; then what waits is left
+    for `amint sync` to send."""
 
 
 class Config(Section):

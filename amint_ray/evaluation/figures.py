@@ -1,15 +1,21 @@
-"""Pictures of a run: ROC curves and score histograms. Matplotlib without pyplot's global state."""
+"""Pictures of a run: losses, ROC, scores, calibration. Matplotlib without pyplot's global state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from amint_ray.contracts import Role, ScoreTable
 from amint_ray.evaluation import metrics
+from amint_ray.evaluation.calibration import p_values
+
+_POINTS = 200
+"""Of a band: more would not be seen."""
 
 _COLOURS = {
     Role.MEMBER: "#0072b2",
@@ -21,7 +27,7 @@ _COLOURS = {
 
 
 def roc_curves(table: ScoreTable, figures: Mapping[str, Any]) -> Figure:
-    """TPR over FPR with a logarithmic FPR axis, one curve a question.
+    """TPR over FPR with a logarithmic FPR axis, one curve a question, with the interval of its TPR.
 
     Args:
         table: the scores.
@@ -35,9 +41,12 @@ def roc_curves(table: ScoreTable, figures: Mapping[str, Any]) -> Figure:
         area = figures["membership"][role.value]["auc"]
         if area["value"] is None:
             continue
-        fpr, tpr = metrics.roc(table.of(role).mint_logit, negatives)
+        scores = table.of(role).mint_logit
+        fpr, tpr = metrics.roc(scores, negatives)
+        fpr = np.maximum(fpr, floor)
+        _band(axes, fpr, tpr, len(scores), figures["confidence"], colour=_COLOURS[role])
         axes.step(
-            np.maximum(fpr, floor),
+            fpr,
             tpr,
             where="post",
             color=_COLOURS[role],
@@ -50,6 +59,70 @@ def roc_curves(table: ScoreTable, figures: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("true-positive rate")
     axes.set_title("MINT head")
     axes.legend(loc="upper left", fontsize="small")
+    return figure
+
+
+def _band(
+    axes: Axes,
+    x: npt.NDArray[np.float64],
+    rates: npt.NDArray[np.float64],
+    trials: int,
+    confidence: float,
+    *,
+    colour: str,
+) -> None:
+    """The Clopper-Pearson interval of rates, each of so many trials, point by point."""
+    at = np.unique(np.linspace(0, len(x) - 1, _POINTS).astype(int))
+    intervals = [
+        metrics.proportion(round(rates[i] * trials), trials, confidence=confidence) for i in at
+    ]
+    low, high = ([getattr(each, end) for each in intervals] for end in ("low", "high"))
+    axes.fill_between(x[at], low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+
+
+def calibration_curve(table: ScoreTable, figures: Mapping[str, Any]) -> Figure:
+    """How often images of `test`, which were not trained on, get a p-value of at most α.
+
+    On the diagonal where p-values mean what they say; what is above it accuses too many. The two
+    sets are finite: the band, which is of `test` alone, need not hold the diagonal everywhere.
+    """
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    p = np.sort(p_values(table.of(Role.TEST).mint_logit, table.of(Role.CALIBRATION).mint_logit))
+    levels = np.geomspace(max(p.min(initial=1.0), 1e-5), 1, _POINTS)
+    rates = np.searchsorted(p, levels, side="right") / max(len(p), 1)
+    _band(axes, levels, rates, len(p), figures["confidence"], colour=_COLOURS[Role.TEST])
+    axes.step(levels, rates, where="post", color=_COLOURS[Role.TEST], label=f"test ({len(p)})")
+    axes.plot(levels, levels, color="#bbbbbb", linestyle=":", label="as promised")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel("α")
+    axes.set_ylabel("share of p-values at or below α")
+    axes.set_title("Calibration of membership p-values")
+    axes.legend(loc="upper left", fontsize="small")
+    return figure
+
+
+def loss_curves(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Both losses and the accuracies by epoch.
+
+    Args:
+        history: one entry an epoch, as `train.loop.Trained` has them.
+    """
+    figure = Figure(figsize=(5.5, 6), layout="constrained")
+    losses, accuracies = figure.subplots(2, sharex=True)
+    epochs = [entry["epoch"] for entry in history]
+    for axes, names in (
+        (losses, ("train/task_loss", "train/mint_loss", "calibration/task_loss")),
+        (accuracies, ("train/task_accuracy", "calibration/task_accuracy")),
+    ):
+        for name in names:
+            if all(name in entry for entry in history):
+                axes.plot(epochs, [entry[name] for entry in history], label=name)
+        axes.legend(fontsize="small")
+    losses.set_ylabel("loss in nats")
+    losses.set_yscale("log")
+    accuracies.set_ylabel("accuracy")
+    accuracies.set_xlabel("epoch")
     return figure
 
 

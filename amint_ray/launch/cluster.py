@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -29,6 +30,28 @@ def address_of(config: Cluster) -> str | None:
     """`host:port` of the cluster to join, or None to start one on this machine."""
     address = config.address or os.environ.get("RAY_ADDRESS") or None
     return None if address == "local" else address
+
+
+def job_tags(workers: int | tuple[int, int]) -> dict[str, str]:
+    """Which Ray job this process is, and what its cluster has; for the MLflow run.
+
+    Args:
+        workers: how many the run has, or the fewest and most.
+    """
+    import ray
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sent = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}").get("metadata", {})
+    submission = sent.get("job_submission_id")
+    return {
+        "amint.ray_job_id": ray.get_runtime_context().get_job_id(),
+        **({} if submission is None else {"amint.ray_submission_id": submission}),
+        "amint.ray_nodes": str(len(machines)),
+        "amint.ray_cpus": f"{sum(machine.get('CPU', 0) for machine in machines):g}",
+        "amint.ray_gpus": f"{sum(machine.get('GPU', 0) for machine in machines):g}",
+        "amint.workers": " to ".join(map(str, [workers] if isinstance(workers, int) else workers)),
+    }
 
 
 def local_cores() -> int:

@@ -16,6 +16,7 @@ import ray.train.torch
 import torch
 
 from amint_ray.contracts import first_line
+from amint_ray.launch.machine import watched
 from amint_ray.launch.progress import Sender
 from amint_ray.launch.staging import Staging
 from amint_ray.train.reduce import gather_lists, together
@@ -42,6 +43,20 @@ class RayContext:
         """Rank 0 speaks for all."""
         if self.rank == 0:
             self._sender.send(event)
+
+    @contextlib.contextmanager
+    def machine_watched(self, seconds: float) -> Iterator[None]:
+        """Tell every so many seconds what this machine does, one worker for all on it; 0: never."""
+        node = ray.train.get_context().get_node_rank()
+
+        def tell(values: Mapping[str, float]) -> None:
+            self._sender.send({"phase": "machine", "node": node, "values": values})
+
+        if seconds and ray.train.get_context().get_local_rank() == 0:
+            with watched(seconds, tell):
+                yield
+        else:
+            yield
 
     def report(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 import statistics
 import threading
@@ -27,7 +26,6 @@ from amint_ray.launch.snapshot import mend_snapshot
 from amint_ray.launch.waiting import Waiting
 from amint_ray.launch.worker import train_worker
 from amint_ray.storage import Location
-from amint_ray.tracking.run_log import RunLog
 
 _SECONDS_BETWEEN_POLLS = 0.2
 
@@ -41,6 +39,7 @@ class Fitted:
         seconds: of `workers` (started and stopped), `train` and `evaluate`.
         steps_per_second: median over the epochs.
         lost: images that could not be read when their turn came: the reason by sample id.
+        history: one entry an epoch.
         workers: how many there were at the end.
     """
 
@@ -48,6 +47,7 @@ class Fitted:
     seconds: dict[str, float]
     steps_per_second: float
     lost: dict[str, str]
+    history: list[dict[str, float]]
     workers: int
 
 
@@ -125,7 +125,7 @@ def fit(
     called = time.time()
     running = _InThread(trainer.fit)
     try:
-        logged = _follow(running, receiver, run, watcher)
+        _follow(running, receiver, run, watcher)
     finally:
         with contextlib.suppress(Exception):  # which must not hide why this ends
             receiver.close()
@@ -143,9 +143,8 @@ def fit(
         kind = DivergedError if home["diverged"] else RunError
         raise kind(f"training failed: {home['failed']}")
     _remove_orphans(storage.below(prepared.run_name), result)
-    for entry in home["history"]:
-        if entry["epoch"] > logged:
-            run.tell(functools.partial(RunLog.log_epoch, entry=entry))
+    for entry in home["history"]:  # news of some may have been lost with a worker
+        run.tell_epoch(entry)
     seconds = home["seconds"]
     start_and_stop = home["entered"] - called + seconds["setup"] + returned - home["left"]
     return Fitted(
@@ -153,35 +152,33 @@ def fit(
         {"workers": start_and_stop, "train": seconds["train"], "evaluate": seconds["evaluate"]},
         statistics.median(entry["train/steps_per_second"] for entry in home["history"]),
         home["lost"],
+        home["history"],
         home["workers"],
     )
 
 
-def _follow(running: _InThread, receiver: Receiver, run: Recording, watcher: Watcher) -> int:
-    """Pass the loop's news on until it ends; gives the last epoch that MLflow was told of.
-
-    MLflow hears of each epoch once, also of one that was trained twice because what came of it the
-    first time was lost.
-    """
-    logged: int | None = None
+def _follow(running: _InThread, receiver: Receiver, run: Recording, watcher: Watcher) -> None:
+    """Pass the workers' news on until they end."""
     done = False
     while not done:
         watcher.heartbeat()
         done = not running.is_alive()  # asked before the last poll, so that no news is missed
-        run.check()
+        run.check(watcher)
         for event in receiver.poll():
-            watcher.event(event)
-            if event["phase"] == "notice":
-                watcher.notice(event["text"])
-            if event["phase"] == "epoch":
-                if logged is None:
-                    logged = run.ask(RunLog.last_epoch)
-                if event["epoch"] > logged:
-                    run.tell(functools.partial(RunLog.log_epoch, entry=event))
-                    logged = int(event["epoch"])
+            match event["phase"]:
+                case "steps":
+                    run.tell_steps(event["first"], event["sums"])
+                case "machine":
+                    run.tell_machine(event["node"], event["values"])
+                case "notice":
+                    watcher.notice(event["text"])
+                case "epoch":
+                    run.tell_epoch(event)
+                    watcher.event(event)
+                case _:
+                    watcher.event(event)
         if not done:
             time.sleep(_SECONDS_BETWEEN_POLLS)
-    return run.ask(RunLog.last_epoch) if logged is None else logged
 
 
 def _remove_orphans(run: Location, result: ray.train.Result) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from amint_ray.launch.room import Machine, plan_workers
 from amint_ray.launch.runs import RunRecord
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.joint import Architecture, plan_architecture
-from amint_ray.storage import Location, check_writable, locate
+from amint_ray.storage import Location, check_writable, locate, writable_folder
 from amint_ray.tracking.run_log import check_tracking, tracking_uri
 from amint_ray.train.flops import StepFlops, count_flops
 from amint_ray.train.update import create_update
@@ -42,6 +43,7 @@ class Prepared:
         architecture: of the model.
         flops: of one global step.
         storage: of all runs' checkpoints.
+        spool: where what is to go to MLflow waits.
         tracking_uri: of MLflow.
         earlier: the run that this one goes on with, if it does.
     """
@@ -53,6 +55,7 @@ class Prepared:
     architecture: Architecture
     flops: StepFlops
     storage: Location
+    spool: Path
     tracking_uri: str
     earlier: RunRecord | None
 
@@ -63,6 +66,7 @@ class Checked:
 
     architecture: Architecture
     storage: Location
+    spool: Path
     tracking_uri: str
 
 
@@ -76,7 +80,10 @@ def check(config: Config, watcher: Watcher) -> Checked:
     storage = locate(config.storage.path, "storage.path", attempts=_STORAGE_ATTEMPTS)
     check_writable(storage, "storage.path")
     uri = tracking_uri()
-    check_tracking(uri)
+    if config.tracking.enabled:
+        check_tracking(uri)
+    beside = "amint_spool" if storage.remote else f"{storage.path}/spool"
+    spool = writable_folder(config.tracking.spool or beside, "tracking.spool")
     # Two classes stand for any number: taps and head do not depend on it, and a wrong tap should
     # not wait for a large source to be decoded.
     architecture = plan_architecture(config, num_classes=2)
@@ -103,7 +110,7 @@ def check(config: Config, watcher: Watcher) -> Checked:
             options=config.model.options,
             pretrained=True,
         )
-    return Checked(architecture, storage, uri)
+    return Checked(architecture, storage, spool, uri)
 
 
 def prepare(
@@ -140,14 +147,16 @@ def prepare(
             "no label in the pool's classes; take mint.inputs=[logits], or label data.external"
         )
     architecture = replace(checked.architecture, num_classes=len(dataset.index.class_names))
+    run_name = _new_name(config) if earlier is None else earlier.run_name
     return Prepared(
         config=config,
-        run_name=_new_name(config) if earlier is None else earlier.run_name,
+        run_name=run_name,
         dataset=dataset,
         confounders=confounders(config, dataset, checked.storage, watcher),
         architecture=architecture,
         flops=step_flops(config, architecture),
         storage=checked.storage,
+        spool=checked.spool / run_name,
         tracking_uri=checked.tracking_uri,
         earlier=earlier,
     )

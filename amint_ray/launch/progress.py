@@ -1,7 +1,8 @@
-"""News from a training worker to the driver, through Ray's key-value store.
+"""News from training workers to the driver, through Ray's key-value store.
 
-The store is there anyway; a queue actor would cost another process start. Step news overwrite each
-other; an epoch's news have a key each, so none is lost while the driver looks elsewhere.
+The store is there anyway; a queue actor would cost another process start. Where the run is
+overwrites where it was; all other news have a key each, so none is lost while the driver looks
+elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ray.experimental import internal_kv
 
 _NAMESPACE = "amint_ray"
 _SECONDS_BETWEEN_STEPS = 0.2
+_KEPT = ("notice", "steps", "epoch", "machine")
+"""In the order in which they are passed on."""
 
 
 class Sender:
@@ -25,12 +28,10 @@ class Sender:
         self._last_step = 0.0
 
     def send(self, event: Mapping[str, Any]) -> None:
-        """Publish an event: every `epoch` and `notice`, of the others one now and then."""
-        if event["phase"] == "epoch":
-            _put(f"{self._run}/epoch/{event['epoch']}", event)
-            return
-        if event["phase"] == "notice":
-            _put(f"{self._run}/notice/{time.time_ns()}", event)
+        """Publish an event: every one of `_KEPT`, of the others one now and then."""
+        if event["phase"] in _KEPT:
+            number = event.get("epoch") or event.get("first") or time.time_ns()
+            _put(f"{self._run}/{event['phase']}/{number}", event)
             return
         now = time.monotonic()
         if event["phase"] == "train" and now - self._last_step < _SECONDS_BETWEEN_STEPS:
@@ -57,16 +58,16 @@ class Receiver:
         self._run = run
 
     def poll(self) -> Iterator[dict[str, Any]]:
-        """Notices and epochs that came in since, in order, then the latest other event.
+        """What came in since: all that is kept, kind by kind and in order, then where the run is.
 
         An epoch that was trained again, after a failure, comes again.
         """
-        for kind in ("notice", "epoch"):
-            prefix = f"{self._run}/{kind}/"
-            listed = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
-            keys = [key.decode() for key in listed]
-            for key in sorted(keys, key=lambda key: int(key.rpartition("/")[2])):
-                if (event := _take(key)) is not None:
+        listed = internal_kv._internal_kv_list(f"{self._run}/", namespace=_NAMESPACE)
+        found = [key.decode().split("/") for key in listed]
+        for kind in _KEPT:
+            numbers = sorted(int(key[-1]) for key in found if key[-2] == kind)
+            for number in numbers:
+                if (event := _take(f"{self._run}/{kind}/{number}")) is not None:
                     yield event
         if (event := _take(f"{self._run}/now")) is not None:
             yield event

@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from amint_ray.config.load import fingerprint
-from amint_ray.contracts import Role
+from amint_ray.contracts import Role, Watcher
 from amint_ray.data.quarantine import write_quarantine
-from amint_ray.evaluation.figures import roc_curves, score_histograms
+from amint_ray.evaluation.figures import (
+    calibration_curve,
+    loss_curves,
+    roc_curves,
+    score_histograms,
+)
 from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import read_scores, write_scores
+from amint_ray.launch.beside import MODEL
 from amint_ray.launch.prepare import Prepared
+from amint_ray.launch.recording import Recording
 from amint_ray.tracking import registry
-from amint_ray.tracking.run_log import RunLog, without_password
+from amint_ray.tracking.run_log import without_password
 from amint_ray.train.loop import SCORES
 from amint_ray.train.state import WEIGHTS
 
 
 def record(
-    prepared: Prepared, checkpoint: Path, log: RunLog, *, lost: Mapping[str, str]
+    prepared: Prepared,
+    checkpoint: Path,
+    run: Recording,
+    *,
+    history: Sequence[Mapping[str, float]],
+    lost: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Measure, store, and register last, so that a registered version has everything behind it.
+    """Measure and store; the model last, so that a registered version has everything behind it.
 
     Args:
         prepared: the run's settings and data.
         checkpoint: the last one.
-        log: the MLflow run.
+        run: is told all of it.
+        history: of the epochs.
         lost: images that could not be read when their turn came: the reason by sample id.
 
     Returns:
-        The run's document, as `run_training` describes it.
+        The run's document, as `run_training` describes it, without what MLflow has yet to say.
     """
     config = prepared.config
     table = read_scores(checkpoint / SCORES)
@@ -46,35 +58,24 @@ def record(
     figures["confounders"] = prepared.confounders
     index = prepared.dataset.index
     quarantine = [*index.quarantine, *lost.items()]
-    log.log_figures(figures, step=config.train.epochs)
-    with tempfile.TemporaryDirectory(prefix="amint-artifacts-") as name:
-        folder = Path(name)
-        index.manifest.write(folder / "manifest.parquet")
-        write_quarantine(quarantine, folder / "quarantine.parquet")
-        write_scores(table, folder / SCORES)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=2))
-        roc_curves(table, figures).savefig(folder / "roc.png", dpi=120)
-        score_histograms(table).savefig(folder / "scores.png", dpi=120)
-        log.log_folder(folder)
-    # A model whose head says nothing must not become the newest version of one whose head does.
-    name = config.registered_model + ("" if head_trained else "-plain")
-    version = registry.register(
-        name,
-        run_id=log.run_id,
-        weights=checkpoint / WEIGHTS,
-        architecture=prepared.architecture,
-        data=config.data,
-        class_names=index.class_names,
-        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
-    )
-    model_uri = f"models:/{name}/{version}"
-    return {
-        "run_id": log.run_id,
+    run.tell_figures(figures, step=config.train.epochs)
+    folder = run.new_folder()
+    index.manifest.write(folder / "manifest.parquet")
+    write_quarantine(quarantine, folder / "quarantine.parquet")
+    write_scores(table, folder / SCORES)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    pictures = {"roc": roc_curves(table, figures), "scores": score_histograms(table)}
+    pictures["losses"] = loss_curves(history)
+    if head_trained:
+        pictures["calibration"] = calibration_curve(table, figures)
+    for name, picture in pictures.items():
+        picture.savefig(folder / f"{name}.png", dpi=120)
+    document = {
         "run_name": prepared.run_name,
-        "tracking_uri": without_password(prepared.tracking_uri),
+        "tracking_uri": without_password(prepared.tracking_uri)
+        if config.tracking.enabled
+        else None,
         "recipe": config.name,
-        "model_uri": model_uri,
-        "load": f'amint_ray.load("{model_uri}")',
         **figures,
         "data": {"source": config.data.source, "mode": config.data.mode},
         "counts": index.manifest.counts,
@@ -84,4 +85,42 @@ def record(
         "manifest_fingerprint": index.manifest.fingerprint,
         "config_fingerprint": fingerprint(config),
         "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
+    }
+    run.tell_files(folder)
+    # A model whose head says nothing must not become the newest version of one whose head does.
+    name = config.registered_model + ("" if head_trained else "-plain")
+    model = run.new_folder()
+    registry.write_folder(
+        model,
+        weights=checkpoint / WEIGHTS,
+        architecture=prepared.architecture,
+        data=config.data,
+        class_names=index.class_names,
+        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
+    )
+    run.tell_model(model, name, tags={}, description="")
+    return {"registered_model": name, **document}
+
+
+def finish(
+    prepared: Prepared, document: Mapping[str, Any], run: Recording, watcher: Watcher
+) -> dict[str, Any]:
+    """Close the MLflow run; what can be said of it then, to be added to the run's document.
+
+    Returns:
+        `run_id`, `model_uri`, `load` (the line that gives the model) and `waiting` (where records
+        wait that MLflow did not take); each is None where there is no such thing.
+    """
+    wait_seconds = prepared.config.tracking.wait_seconds
+    versions, waiting = run.finish(watcher, wait_seconds=wait_seconds)
+    name = document["registered_model"]
+    model_uri = f"models:/{name}/{versions[name]}" if name in versions else None
+    load = model_uri
+    if not prepared.config.tracking.enabled and not prepared.storage.remote:
+        load = prepared.storage.below(f"{prepared.run_name}/{MODEL}").path
+    return {
+        "run_id": run.run_id or None,
+        "model_uri": model_uri,
+        "load": None if load is None else f"amint_ray.load({json.dumps(load)})",
+        "waiting": None if waiting is None else str(waiting),
     }

@@ -1,93 +1,273 @@
-"""The MLflow run of a training, written to by a thread of its own.
+"""What a run has to tell MLflow: kept on the local disk first, and sent by a thread of its own.
 
-What goes to MLflow then waits for nobody, and a signal that stops the run never comes in the
-middle of a transaction.
+Training then waits for no server, a signal that stops the run never comes in the middle of a
+transaction, and what a server that is down was to be told is sent when it is back
+(`tracking/spool.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.beside import StorageSender
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.runs import RunRecord
 from amint_ray.launch.time_limit import InOrder
-from amint_ray.tracking.run_log import RunLog, Status
+from amint_ray.storage import without_secrets
+from amint_ray.tracking.run_log import (
+    EPOCH_METRIC,
+    STEP_METRIC,
+    OpenedRun,
+    Status,
+    leaves,
+    open_run,
+    without_password,
+)
+from amint_ray.tracking.sending import Delivery, MLflowSender
+from amint_ray.tracking.spool import Spool, SpooledRun, last_told, metrics_told, newest_time
+from amint_ray.train.step import SUMS
 
 _SECONDS_TO_MARK = 30.0
 """That a run that ends waits for MLflow, only to tell it that it has ended."""
+_SECONDS_TO_STOP = 5.0
 
 T = TypeVar("T")
 
 
+class _Open:
+    """An MLflow run that takes records; only one thread calls this.
+
+    Attributes:
+        run_id: MLflow's; empty where nothing is recorded there.
+        spool: what it is told.
+        delivery: brings that to MLflow.
+        versions: of the models that were registered: the number by name.
+    """
+
+    def __init__(
+        self,
+        run: OpenedRun,
+        spool: Spool,
+        sender: MLflowSender | StorageSender,
+        *,
+        steps_per_point: int,
+    ) -> None:
+        self.run_id, self.spool, self.versions = run.run_id, spool, sender.versions
+        left = spool.waiting()
+        self._epoch = max(run.last_epoch, last_told(left, EPOCH_METRIC))
+        self._step = max(run.last_step, last_told(left, STEP_METRIC))
+        self._metrics = run.metrics | metrics_told(left)
+        self._started = run.started
+        self._newest = max(run.started, newest_time(left))
+        self._steps_per_point = steps_per_point
+        self._point: list[Sequence[float]] = []
+        self.delivery = Delivery(spool, sender)
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        self.spool.append({"kind": kind, **fields})
+
+    def now(self) -> int:
+        """Milliseconds; never less than before, whatever becomes of the machine's clock."""
+        self._newest = max(self._newest, int(time.time() * 1000))
+        return self._newest
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        self.tell("metrics", time=self.now(), step=step, values=dict(values))
+
+    def epoch(self, entry: Mapping[str, float]) -> None:
+        """At step = epoch; once, also of one that was trained twice because the first was lost."""
+        if entry["epoch"] > self._epoch:
+            self._epoch = int(entry["epoch"])
+            self.metrics(
+                {key: value for key, value in entry.items() if key not in ("epoch", "phase")},
+                step=self._epoch,
+            )
+
+    def steps(self, first: int, sums: Sequence[Sequence[float]]) -> None:
+        """Means over `steps_per_point` steps, at the last of them; each step once."""
+        for step, of in enumerate(sums, start=first):
+            if step <= self._step:
+                continue
+            self._step = step
+            self._point.append(of)
+            if step % self._steps_per_point == 0:
+                total = dict(zip(SUMS, map(sum, zip(*self._point, strict=True)), strict=True))
+                values = {STEP_METRIC: total["task_loss"] / total["task_rows"]}
+                if total["told_rows"]:
+                    values["step/mint_loss"] = total["mint_loss"] / total["told_rows"]
+                self._point = []
+                self.metrics(values, step=step)
+
+    def figures(self, figures: Mapping[str, float], *, step: int) -> None:
+        """Those that it was not told of before it was interrupted."""
+        new = {key: value for key, value in figures.items() if key not in self._metrics}
+        if new:
+            self.metrics(new, step=step)
+
+    def machine(self, node: int, values: Mapping[str, float]) -> None:
+        """At the seconds since the run began; the first machine's as MLflow names its own."""
+        prefix = "system/" if node == 0 else f"system/node_{node}/"
+        step = (self.now() - self._started) // 1000
+        self.metrics({f"{prefix}{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> bool:
+        """End the delivery, and tell whether everything had arrived."""
+        stopped = self.delivery.stop(_SECONDS_TO_STOP)
+        done = not self.spool.waiting()
+        if stopped:  # else a call is under way that counts its record as sent when it returns
+            self.spool.close()
+        return done
+
+
 class Recording:
-    """A run's MLflow run, perhaps still being opened; calls reach it one after the other."""
+    """A run's MLflow run, perhaps still being opened; what it is told is told in order."""
 
-    def __init__(self, open_run: Callable[[], RunLog]) -> None:
+    def __init__(self, begin: Callable[[], _Open]) -> None:
         self._calls = InOrder()
-        self._opening = self._calls.submit(open_run)
+        self._opening = self._calls.submit(begin)
         self._told: list[Future[object]] = []
+        self._ended = False
 
-    def check(self) -> None:
-        """See whether what was told so far arrived.
+    def check(self, watcher: Watcher) -> None:
+        """See how it goes.
+
+        Args:
+            watcher: is told where MLflow does not answer, and when it does again.
 
         Raises:
-            Exception: what the first call met that failed.
+            UserError: the run could not be opened.
+            Exception: whatever a record met on its way to the disk.
         """
         if self._opening.done():
-            self._opening.result()
+            for text in self._opening.result().delivery.news():
+                watcher.notice(text)
         while self._told and self._told[0].done():
             self._told.pop(0).result()
 
-    def tell(self, call: Callable[[RunLog], object]) -> None:
-        """Have the run told something, whenever its turn comes."""
+    def _tell(self, call: Callable[[_Open], object]) -> None:
         self._told.append(self._calls.submit(lambda: call(self._opening.result())))
 
-    def ask(self, call: Callable[[RunLog], T]) -> T:
-        """What a call gives, after all that came before it; the caller can be interrupted.
+    def _ask(self, call: Callable[[_Open], T]) -> T:
+        return self._calls.submit(lambda: call(self._opening.result())).result()
 
-        Raises:
-            Exception: what this call met, or one before it.
+    def tell_epoch(self, entry: Mapping[str, float]) -> None:
+        """One epoch's metrics."""
+        self._tell(lambda run: run.epoch(entry))
+
+    def tell_steps(self, first: int, sums: Sequence[Sequence[float]]) -> None:
+        """The `SUMS` of consecutive steps, of which `first` is the first; both counted from 1."""
+        self._tell(lambda run: run.steps(first, sums))
+
+    def tell_machine(self, node: int, values: Mapping[str, float]) -> None:
+        """What a machine of the run does."""
+        self._tell(lambda run: run.machine(node, values))
+
+    def tell_figures(self, figures: Mapping[str, Any], *, step: int) -> None:
+        """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
+        self._tell(lambda run: run.figures(leaves(figures), step=step))
+
+    def new_folder(self) -> Path:
+        """An empty folder for `tell_files` or `tell_model`."""
+        return self._ask(lambda run: run.spool.new_folder())
+
+    def tell_files(self, folder: Path) -> None:
+        """Every file in a folder, as artifacts."""
+        self._tell(lambda run: run.tell("files", folder=folder.name))
+
+    def tell_model(
+        self, folder: Path, name: str, *, tags: Mapping[str, str], description: str
+    ) -> None:
+        """A model to be registered as the next version of `name`."""
+        fields = {"name": name, "tags": dict(tags), "description": description}
+        self._tell(lambda run: run.tell("model", folder=folder.name, **fields))
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's; waits for the run to be opened."""
+        return self._ask(lambda run: run.run_id)
+
+    def finish(
+        self, watcher: Watcher, *, wait_seconds: float
+    ) -> tuple[dict[str, str], Path | None]:
+        """Close the run, and wait for all of it to arrive.
+
+        Args:
+            watcher: is told of the wait, and can end it.
+            wait_seconds: how long an MLflow that does not answer is waited for.
+
+        Returns:
+            The versions of the models that were registered, by name; and where records wait that
+            MLflow did not take, if there are some.
         """
-        asked = self._calls.submit(lambda: call(self._opening.result()))
-        answer = asked.result()
-        self.check()
-        return answer
+        run = self._ask(_finished)
+        self._ended = True
+        watcher.phase("recording: bringing it to MLflow")
+        while run.spool.waiting() and run.delivery.failing[0] <= wait_seconds:
+            watcher.heartbeat()
+            self.check(watcher)
+            time.sleep(0.05)
+        reason = run.delivery.failing[1]
+        if run.close():
+            return run.versions, None
+        watcher.notice(
+            f"WARNING: MLflow does not answer ({reason}): the model is trained and not yet "
+            f"registered; send what waits with `amint sync {run.spool.folder}`"
+        )
+        return run.versions, run.spool.folder
 
     def mark(self, status: Status, watcher: Watcher) -> None:
         """Tell MLflow how the run ended; that it cannot be told must not hide why."""
-        self._calls.forget()
-        marked = self._calls.submit(lambda: self._end(status))
         try:
-            if (run_id := marked.result(_SECONDS_TO_MARK)) is not None:
-                watcher.notice(f"MLflow run {run_id} is marked {status}")
+            run = self._calls.submit(self._opening.result).result(_SECONDS_TO_MARK)
         except TimeoutError:
             watcher.notice(f"MLflow does not answer: its run is not marked {status}")
-        except Exception as error:
-            watcher.notice(f"the MLflow run could not be marked {status}: {first_line(error)}")
+            return
+        except Exception:  # it was never opened, which has been told
+            return
+        if not self._ended:
+            run.tell("status", status=status, time=run.now())
+        deadline = time.monotonic() + _SECONDS_TO_MARK
+        while run.spool.waiting() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if run.close():
+            watcher.notice(f"MLflow run {run.run_id} is marked {status}")
+        else:
+            watcher.notice(
+                f"MLflow does not answer: run {run.run_id} is not marked {status}; "
+                f"`amint sync {run.spool.folder}` sends what waits, and so does going on with it"
+            )
 
-    def _end(self, status: Status) -> str | None:
-        if self._opening.cancelled() or self._opening.exception() is not None:
-            return None
-        log = self._opening.result()
-        log.end(status)
-        return log.run_id
+
+def _finished(run: _Open) -> _Open:
+    run.tell("status", status="FINISHED", time=run.now())
+    return run
 
 
 @contextlib.contextmanager
-def recording(prepared: Prepared, asked: Config, watcher: Watcher) -> Iterator[Recording]:
-    """An MLflow run around the body, ended as what the body ended as.
+def recording(
+    prepared: Prepared, asked: Config, watcher: Watcher, *, tags: Mapping[str, str]
+) -> Iterator[Recording]:
+    """An MLflow run around the body, which finishes it; ended as what the body ended as if not.
 
     It is opened while the workers start, since making a database takes seconds.
+
+    Args:
+        prepared: the run's settings and data.
+        asked: the configuration as it was asked for.
+        watcher: is told how the MLflow run was marked where the body raised.
+        tags: what is known of where it runs; told to a run that goes on, too.
     """
-    run = Recording(lambda: _open(prepared, asked))
+    run = Recording(lambda: _open(prepared, asked, tags))
     try:
         yield run
-        run.ask(lambda log: log.end("FINISHED"))
     except BaseException as raised:
         error = _stopped_by(watcher) or raised
         run.mark("FAILED" if isinstance(error, Exception) else "KILLED", watcher)
@@ -109,25 +289,59 @@ def _stopped_by(watcher: Watcher) -> BaseException | None:
     return None
 
 
-def _open(prepared: Prepared, asked: Config) -> RunLog:
+def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> _Open:
     """The MLflow run; and, beside the checkpoints, what is needed to go on with it."""
-    earlier = prepared.earlier
-    log = RunLog(
-        prepared.tracking_uri,
-        prepared.config,
-        run_name=prepared.run_name,
-        tags=data_tags(prepared),
-        resume=None if earlier is None else earlier.mlflow_run_id,
-    )
-    if earlier is None or earlier.mlflow_run_id != log.run_id:
+    tracking, earlier = prepared.config.tracking, prepared.earlier
+    if tracking.enabled:
+        run = open_run(
+            prepared.tracking_uri,
+            prepared.config,
+            run_name=prepared.run_name,
+            tags={**data_tags(prepared), **tags},
+            resume=None if earlier is None else earlier.mlflow_run_id or None,
+        )
+    else:
+        run = OpenedRun("", int(time.time() * 1000))
+    if earlier is None or earlier.mlflow_run_id != run.run_id:
         RunRecord(
             run_name=prepared.run_name,
-            mlflow_run_id=log.run_id,
+            mlflow_run_id=run.run_id,
             manifest_fingerprint=prepared.dataset.index.manifest.fingerprint,
             asked=asked.model_dump(mode="json"),
             settled=prepared.config.model_dump(mode="json"),
         ).write(prepared.storage)
-    return log
+    uri = without_password(prepared.tracking_uri)
+    spool = Spool(prepared.spool, SpooledRun(run.run_id, prepared.run_name, uri))
+    sender = (
+        MLflowSender(prepared.tracking_uri, spool)
+        if tracking.enabled
+        else StorageSender(prepared.storage.below(prepared.run_name), spool)
+    )
+    opened = _Open(run, spool, sender, steps_per_point=tracking.steps_per_point)
+    if run.resumed:
+        opened.tell("status", status="RUNNING", time=opened.now())
+        opened.tell("tags", values=dict(tags))
+    else:
+        opened.tell("dataset", fields=dataset_fields(prepared))
+    return opened
+
+
+def dataset_fields(prepared: Prepared) -> dict[str, str]:
+    """The set that D, E and all that is measured on come from, as an MLflow dataset.
+
+    Its digest is the first 32 digits of the manifest's fingerprint: over every image's content and
+    role.
+    """
+    data, manifest = prepared.config.data, prepared.dataset.index.manifest
+    path = None if data.path is None else without_secrets(data.path)
+    kind = "code" if path is None else "s3" if path.startswith("s3://") else "local"
+    return {
+        "name": data.source,
+        "digest": manifest.fingerprint[:32],
+        "source_type": kind,
+        "source": json.dumps({"source": data.source} if path is None else {"uri": path}),
+        "profile": json.dumps({"images": sum(manifest.counts.values()), **manifest.counts}),
+    }
 
 
 def data_tags(prepared: Prepared) -> dict[str, str]:

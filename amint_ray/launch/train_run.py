@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, Watcher, first_line
 from amint_ray.data.loading import smallest_step
-from amint_ray.launch.cluster import address_of, connect
+from amint_ray.launch.cluster import address_of, connect, job_tags
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.prepare import (
     check,
@@ -65,7 +65,8 @@ def run_training(
 
     Returns:
         The run's document: `run_id`, `model_uri`, `recipe`, `task`, `membership`, `loss_threshold`,
-        `counts`, `flops`, `seconds` and more; figures are `{value, low, high}`.
+        `counts`, `flops`, `seconds` and more; figures are `{value, low, high}`. `waiting` is where
+        records wait that MLflow did not take: the model is not registered then.
 
     Raises:
         UserError: a mistake of the user's.
@@ -108,10 +109,10 @@ def run_training(
         with (
             contextlib.ExitStack() as after_the_last_beat,
             alive(asked, prepared.storage, prepared.run_name) as sign,
-            recording(prepared, asked, watcher) as run,
+            recording(prepared, asked, watcher, tags=job_tags(workers)) as run,
         ):
+            from amint_ray.launch import record
             from amint_ray.launch.fit import DivergedError, fit
-            from amint_ray.launch.record import record
 
             data, prepared = share(prepared)
             try:
@@ -133,7 +134,10 @@ def run_training(
             watcher.phase("recording")
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
                 last = Path(folder)
-                document = run.ask(lambda log: record(prepared, last, log, lost=fitted.lost))
+                document = record.record(
+                    prepared, last, run, history=fitted.history, lost=fitted.lost
+                )
+                recorded = record.finish(prepared, document, run, watcher)
     finish(asked, prepared.storage, prepared.run_name)
     flops = {
         "joint_step": prepared.flops.joint,
@@ -142,6 +146,7 @@ def run_training(
         "per_second": prepared.flops.joint * fitted.steps_per_second,
     }
     return {
+        **recorded,
         **document,
         "workers": fitted.workers,
         "resumed": earlier is not None,

@@ -45,13 +45,14 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     context = RayContext(arguments["run_name"])
     streams = open_streams(config, arguments["data"], context)
     try:
-        trained = train(
-            config,
-            ray.get(arguments["architecture"]),
-            streams,
-            context,
-            manifest=arguments["manifest"],
-        )
+        with context.machine_watched(config.tracking.enabled * config.tracking.system_seconds):
+            trained = train(
+                config,
+                ray.get(arguments["architecture"]),
+                streams,
+                context,
+                manifest=arguments["manifest"],
+            )
     except DamagedCheckpointError as error:
         return {"failed": str(error), "diverged": False}
     except FloatingPointError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.tracking.run_log import tracking_uri, without_password
 
 if TYPE_CHECKING:
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import Model
 
 FLAVOR = "amint_ray"
 WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
@@ -168,34 +169,17 @@ class RegisteredModel:
         return p_values(membership_scores.double().cpu().numpy(), self.calibration)
 
 
-def save_model(
-    path: str,
-    mlflow_model: Model,
+def write_folder(
+    folder: Path,
     *,
     weights: Path,
     architecture: Architecture,
     data: Data,
     class_names: Sequence[str],
     calibration: npt.NDArray[np.float64],
-    signature: ModelSignature,
-) -> None:
-    """Write a model folder; what `mlflow.models.Model.log(flavor=registry)` calls.
-
-    Args:
-        path: folder to make.
-        mlflow_model: its `MLmodel` description, to be completed.
-        weights: safetensors file of the `AuditedModel`.
-        architecture: of the model.
-        data: tells the preprocessing.
-        class_names: one a class.
-        calibration: membership scores of the `calibration` images.
-        signature: what goes in and comes out.
-    """
-    from mlflow import pyfunc
-
-    folder = Path(path)
-    folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(weights.read_bytes())
+) -> str | None:
+    """Write a model folder."""
+    shutil.copy(weights, folder / WEIGHTS)
     (folder / ARCHITECTURE).write_text(architecture.to_json())
     side = math.floor(data.image_size / data.crop_pct)
     resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
@@ -203,61 +187,40 @@ def save_model(
     (folder / PREPROCESSING).write_bytes(_PREPROCESSING.dump_json(preprocessing, indent=2))
     scores = torch.from_numpy(np.sort(calibration))
     save_file({"membership_scores": scores}, folder / CALIBRATION)
-    mlflow_model.signature = signature
+    return None
+
+
+def save_model(path: str, mlflow_model: Model, *, folder: Path) -> None:
+    """Interim."""
+    from mlflow import pyfunc
+
+    shutil.copytree(folder, path)
     mlflow_model.add_flavor(FLAVOR, weights=WEIGHTS, architecture=ARCHITECTURE)
     pyfunc.add_to_model(mlflow_model, loader_module="amint_ray.tracking.registry")
-    mlflow_model.save(str(folder / "MLmodel"))
+    mlflow_model.save(str(Path(path) / "MLmodel"))
 
 
 def register(
-    name: str,
-    *,
-    run_id: str,
-    weights: Path,
-    architecture: Architecture,
-    data: Data,
-    class_names: Sequence[str],
-    calibration: npt.NDArray[np.float64],
+    folder: Path, name: str, *, run_id: str, tags: Mapping[str, str], description: str
 ) -> str:
-    """Log the model to its run and register it as the next version of `name`.
-
-    Returns:
-        The new version's number.
-    """
+    """Interim."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model
 
-    inputs = [TensorSpec(np.dtype("uint8"), (-1, *architecture.input_shape), "images")]
-    if "loss" in architecture.head.inputs:
-        inputs.append(TensorSpec(np.dtype("int64"), (-1,), "labels"))
-    signature = ModelSignature(
-        inputs=Schema(inputs),
-        outputs=Schema(
-            [
-                TensorSpec(np.dtype("float32"), (-1, architecture.num_classes), "task_logits"),
-                TensorSpec(np.dtype("float32"), (-1,), "membership_scores"),
-            ]
-        ),
-    )
     info = Model.log(
-        artifact_path=None,
-        name="model",
-        flavor=sys.modules[__name__],
-        run_id=run_id,
-        signature=signature,
-        weights=weights,
-        architecture=architecture,
-        data=data,
-        class_names=class_names,
-        calibration=calibration,
+        artifact_path=None, name="model", flavor=sys.modules[__name__], run_id=run_id, folder=folder
     )
     client = MlflowClient()
-    with contextlib.suppress(MlflowException):  # it exists; if not, the next call says why
+    with contextlib.suppress(MlflowException):
         client.create_registered_model(name)
     version = client.create_model_version(
-        name, source=info.model_uri, run_id=run_id, model_id=info.model_id
+        name,
+        source=info.model_uri,
+        run_id=run_id,
+        model_id=info.model_id,
+        tags=dict(tags),
+        description=description,
     )
     return str(version.version)
 

@@ -9,11 +9,11 @@ import json
 import os
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,10 +38,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the working directory."""
-    return _from_environment() or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return from_environment() or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
-def _from_environment() -> str | None:
+def from_environment() -> str | None:
+    """MLFLOW_TRACKING_URI, where it is set."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
@@ -93,7 +94,7 @@ def _check_server(uri: str, parts: urllib.parse.SplitResult) -> None:
 
 def _check_sqlite(uri: str) -> None:
     file = Path(uri.removeprefix("sqlite:///"))
-    key = "MLFLOW_TRACKING_URI" if _from_environment() else "working directory"
+    key = "MLFLOW_TRACKING_URI" if from_environment() else "working directory"
     if not uri.startswith("sqlite:///") or not file.name:
         raise UserError(f"tracking: {uri!r} names no file; use sqlite:///FILE ({key})")
     try:
@@ -109,130 +110,159 @@ def _is_database(file: Path) -> bool:
         return opened.read(16) in (b"", b"SQLite format 3\0")
 
 
-class RunLog:
-    """An MLflow run. Only the driver writes to it."""
+@dataclass(frozen=True)
+class OpenedRun:
+    """An MLflow run that takes records.
 
-    def __init__(
-        self,
-        uri: str,
-        config: Config,
-        *,
-        run_name: str,
-        tags: Mapping[str, str],
-        resume: str | None = None,
-    ) -> None:
-        """Create the run, or open it again.
+    Attributes:
+        run_id: MLflow's.
+        started: when it began, in milliseconds.
+        resumed: whether it was there before.
+        last_epoch: that it was told of; 0: none.
+        last_step: that it was told of; 0: none.
+        metrics: all that it has, by name.
+    """
 
-        Args:
-            uri: of the server or database.
-            config: the whole configuration, which a new run is told.
-            run_name: its name.
-            tags: that a new run gets.
-            resume: id of the run to go on with; where it is gone, a new one takes its place.
+    run_id: str
+    started: int
+    resumed: bool = False
+    last_epoch: int = 0
+    last_step: int = 0
+    metrics: frozenset[str] = frozenset()
 
-        Raises:
-            UserError: MLflow takes no run.
-        """
-        import mlflow
 
-        mlflow.set_tracking_uri(uri)
-        self.run_id = ""
+EPOCH_METRIC, STEP_METRIC = "train/task_loss", "step/task_loss"
+"""That each epoch has, and each point within one; at steps that count epochs, and steps."""
+
+
+def open_run(
+    uri: str,
+    config: Config,
+    *,
+    run_name: str,
+    tags: Mapping[str, str],
+    resume: str | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> OpenedRun:
+    """Create a run and tell it its configuration, or find the one to go on with.
+
+    Args:
+        uri: of the server or database.
+        config: the whole configuration, which a new run is told.
+        run_name: its name.
+        tags: that a new run gets.
+        resume: id of the run to go on with; where it is gone, a new one takes its place.
+        notice: is told where that is so.
+
+    Raises:
+        UserError: MLflow takes no run.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    try:
+        with _alone_while_created(uri):
+            client = mlflow.MlflowClient(uri)
+            experiment = _experiment(client, config.tracking.experiment)
+        mlflow.set_experiment(experiment_id=experiment)  # where the model is logged, too
+        if resume is not None:
+            found = _find(client, resume)
+            if found is not None:
+                return found
+            notice(f"MLflow run {resume} is gone; a new one takes its place")
+        return _create(client, experiment, config, run_name=run_name, tags=tags)
+    except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
+        raise UserError(
+            f"tracking: MLflow at {without_password(uri)} takes no run: {first_line(error)}"
+        ) from error
+
+
+def _create(
+    client: MlflowClient,
+    experiment: str,
+    config: Config,
+    *,
+    run_name: str,
+    tags: Mapping[str, str],
+) -> OpenedRun:
+    parent = (
+        {"mlflow.parentRunId": config.tracking.parent_run} if config.tracking.parent_run else {}
+    )
+    run = client.create_run(
+        experiment,
+        run_name=run_name,
+        tags={
+            "amint.recipe": config.name,
+            "amint.config_fingerprint": fingerprint(config),
+            "mlflow.source.name": "amint train",
+            **_git_commit(),
+            **parent,
+            **tags,
+        },
+    )
+    run_id = str(run.info.run_id)
+    try:
+        _log_params(client, run_id, config)
+        client.log_text(run_id, to_yaml(config), "config.yaml")
+        client.log_dict(run_id, environment(), "environment.json")
+    except BaseException:
+        with contextlib.suppress(Exception):
+            client.set_terminated(run_id, "FAILED")
+        raise
+    return OpenedRun(run_id, run.info.start_time)
+
+
+def _find(client: MlflowClient, run_id: str) -> OpenedRun | None:
+    """The run to go on with, if it is there."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return None
+    if run.info.lifecycle_stage != "active":
+        return None
+
+    def last(metric: str) -> int:
+        points = client.get_metric_history(run_id, metric)
+        return max((point.step for point in points), default=0)
+
+    return OpenedRun(
+        run_id,
+        run.info.start_time,
+        resumed=True,
+        last_epoch=last(EPOCH_METRIC),
+        last_step=last(STEP_METRIC),
+        metrics=frozenset(run.data.metrics),
+    )
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
         try:
-            with _alone_while_created(uri):
-                self._client: MlflowClient = mlflow.MlflowClient(uri)
-                experiment = self._experiment(config.tracking.experiment)
-            mlflow.set_experiment(experiment_id=experiment)  # where the model is logged, too
-            if resume is not None and self._reopen(resume):
-                return
-            run = self._client.create_run(
-                experiment,
-                run_name=run_name,
-                tags={
-                    "amint.recipe": config.name,
-                    "amint.config_fingerprint": fingerprint(config),
-                    "mlflow.source.name": "amint train",
-                    **_git_commit(),
-                    **tags,
-                },
-            )
-            self.run_id = run.info.run_id
-            self._log_params(config)
-            self._client.log_text(self.run_id, to_yaml(config), "config.yaml")
-            self._client.log_dict(self.run_id, environment(), "environment.json")
-        except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
-            if self.run_id:
-                with contextlib.suppress(Exception):
-                    self.end("FAILED")
-            raise UserError(
-                f"tracking: MLflow at {without_password(uri)} takes no run: {first_line(error)}"
-            ) from error
+            return str(client.create_experiment(name))
+        except MlflowException:  # another run made it in this moment
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
 
-    def _reopen(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
 
-        try:
-            deleted = self._client.get_run(run_id).info.lifecycle_stage != "active"
-        except MlflowException:
-            return False
-        if not deleted:
-            self.run_id = run_id
-            self._client.update_run(run_id, status="RUNNING")
-        return not deleted
+def _log_params(client: MlflowClient, run_id: str, config: Config) -> None:
+    from mlflow.entities import Param
 
-    def last_epoch(self) -> int:
-        """The last epoch that the run was told of; 0 where it was told of none."""
-        history = self._client.get_metric_history(self.run_id, "train/task_loss")
-        return max((point.step for point in history), default=0)
-
-    def log_epoch(self, entry: Mapping[str, float]) -> None:
-        """One epoch's metrics, at step = epoch."""
-        self._log_metrics(
-            {key: value for key, value in entry.items() if key not in ("epoch", "phase")},
-            step=int(entry["epoch"]),
-        )
-
-    def log_figures(self, figures: Mapping[str, Any], *, step: int) -> None:
-        """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
-        self._log_metrics(_leaves(figures), step=step)
-
-    def log_folder(self, folder: Path) -> None:
-        """Every file in a folder, as artifacts."""
-        self._client.log_artifacts(self.run_id, str(folder))
-
-    def end(self, status: Status) -> None:
-        """Close the run."""
-        self._client.set_terminated(self.run_id, status)
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(self._client.create_experiment(name))
-            except MlflowException:  # another run made it in this moment
-                found = self._client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        return str(found.experiment_id)
-
-    def _log_params(self, config: Config) -> None:
-        from mlflow.entities import Param
-
-        params = [
-            Param(key, str(value)[:_LONGEST_PARAM])
-            for key, value in _flat(config.model_dump(mode="json")).items()
-        ]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(self.run_id, params=params[start : start + 100])
-
-    def _log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()]
-        )
+    params = [
+        Param(key, str(value)[:_LONGEST_PARAM])
+        for key, value in _flat(config.model_dump(mode="json")).items()
+    ]
+    for start in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[start : start + 100])
 
 
 @contextlib.contextmanager
@@ -295,15 +325,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    leaves: dict[str, float] = {}
+def leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
+    found: dict[str, float] = {}
     for key, value in figures.items():
         name = f"{prefix}{key}"
         if not isinstance(value, dict):
             continue
         if "value" not in value:
-            leaves |= _leaves(value, f"{name}.")
+            found |= leaves(value, f"{name}.")
         elif value["value"] is not None:
-            leaves |= {name: value["value"]}
-            leaves |= {f"{name}.low": value["low"], f"{name}.high": value["high"]}
-    return leaves
+            found |= {name: value["value"]}
+            found |= {f"{name}.low": value["low"], f"{name}.high": value["high"]}
+    return found

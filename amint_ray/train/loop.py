@@ -27,6 +27,7 @@ from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.finite import Step, check_finite
 from amint_ray.train.objective import Objective
 from amint_ray.train.parallel import in_step, replicate, shard
+from amint_ray.train.recent import RecentSteps
 from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
@@ -216,7 +217,14 @@ def _train_epoch(
     model.train()
     totals = torch.tensor(state.sums or [0.0] * len(SUMS), dtype=torch.float64).to(context.device)
     before: Step | None = None
+    recent = RecentSteps(context)
     started, first = time.perf_counter(), state.step
+
+    def settle(step: Step | None) -> None:
+        check_finite(step, config)
+        if step is not None:
+            recent.add(step)
+
     batches = streams.train_batches(state.epoch, first)
     for number, batch in enumerate(batches, start=first + 1):
         step = Step(state.epoch * streams.steps_per_epoch + number, state.epoch + 1, batch)
@@ -225,7 +233,7 @@ def _train_epoch(
         step.done(sums)
         totals += sums
         # One step later: reading a loss at once would have the GPU run dry.
-        check_finite(before, config)
+        settle(before)
         before = step
         context.progress(
             {
@@ -239,12 +247,14 @@ def _train_epoch(
         )
         every = config.train.checkpoint_steps
         if every and number % every == 0 and number < streams.steps_per_epoch:
-            check_finite(before, config)
+            settle(before)
+            recent.tell()
             _share_lost(state, streams)
             state.step, state.sums, before = number, totals.tolist(), None
             share_buffers(state.model)
             commit({"epoch": state.epoch, "step": number})
-    check_finite(before, config)
+    settle(before)
+    recent.tell()
     share_buffers(state.model)
     entry = epoch_metrics(totals)
     seconds = time.perf_counter() - started

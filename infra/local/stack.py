@@ -9,13 +9,15 @@ needs of it is only what `LocalStack.environment` holds: addresses and credentia
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -51,17 +53,20 @@ class LocalStack:
         nodes: by name ("head", "worker-1", …), the process whose end is that node's end.
     """
 
-    def __init__(self, folder: str | Path, *, workers: int = 2, cpus: int = 2) -> None:
+    def __init__(
+        self, folder: str | Path, *, workers: int = 2, cpus: int = 2, ray: bool = True
+    ) -> None:
         """Name the folder; nothing is started.
 
         Args:
             folder: of its state.
             workers: raylets beside the head's.
             cpus: that each raylet, the head's included, tells Ray it has.
+            ray: whether there is Ray at all, and not S3, PostgreSQL and MLflow alone.
         """
         self.folder = Path(folder).absolute()
         self.nodes: dict[str, Server] = {}
-        self._workers, self._cpus = workers, cpus
+        self._workers, self._cpus, self._ray = workers, cpus, ray
         self._servers: dict[str, Server] = {}
         self._detached = True
         self._environment: dict[str, str] = {}
@@ -186,30 +191,25 @@ class LocalStack:
         self._keep("s3", self.object_store.server)
         for bucket in BUCKETS:
             self.object_store.make_bucket(bucket)
-        dashboard, mlflow = parts.free_port(), parts.free_port()
         self._environment = {
             **self.object_store.environment,
-            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_ADDRESS": f"127.0.0.1:{parts.free_port()}",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{parts.free_port()}",
         }
-        sockets = self._start_postgres()
+        if self._ray:
+            self._environment |= {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(token),
+                "RAY_ADDRESS": f"127.0.0.1:{parts.free_port()}",
+                "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{parts.free_port()}",
+            }
+        self._start_postgres()
         with ThreadPoolExecutor(1) as pool:
             # Started from this thread: what is not detached ends with the thread that started it.
-            server, log = self._start_mlflow(mlflow, sockets)
-            ready: Future[None] = pool.submit(
-                wait_until_ready,
-                "MLflow",
-                server,
-                lambda: parts.http_answers(f"http://127.0.0.1:{mlflow}/health"),
-                log=log,
-                seconds=_SECONDS_TO_START,
-            )
-            self._start_head(dashboard)
-            for number in range(1, self._workers + 1):  # two at once, and one of them dies
-                self.add_node(f"worker-{number}")
+            ready: Future[None] = pool.submit(self._start_mlflow())
+            if self._ray:
+                self._start_head()
+                for number in range(1, self._workers + 1):  # two at once, and one of them dies
+                    self.add_node(f"worker-{number}")
             ready.result()
         self._write_state()
 
@@ -223,8 +223,7 @@ class LocalStack:
         access, secret = json.loads(file.read_text())
         return (access, secret), token
 
-    def _start_postgres(self) -> Path:
-        """Gives the folder of its sockets."""
+    def _start_postgres(self) -> None:
         sockets = Path(tempfile.mkdtemp(prefix="amint-pg-"))
         self._keep_folder("postgres_sockets", sockets)
         data, log = self.folder / "postgres", self.folder / "postgres.log"
@@ -247,9 +246,24 @@ class LocalStack:
             log=log,
             seconds=_SECONDS_TO_START,
         )
-        return sockets
 
-    def _start_mlflow(self, port: int, sockets: Path) -> tuple[Server, Path]:
+    def start_mlflow(self) -> None:
+        """Start MLflow again, where it was.
+
+        Raises:
+            RuntimeError: it does not start.
+        """
+        self._start_mlflow()()
+
+    def kill_mlflow(self) -> None:
+        """End MLflow as a machine that dies does."""
+        server = self._servers.pop("mlflow")
+        self._write_state()
+        stop_server(server, how=signal.SIGKILL)
+
+    def _start_mlflow(self) -> Callable[[], None]:
+        """Gives what waits until it answers."""
+        uri, sockets = self._environment["MLFLOW_TRACKING_URI"], self.folder / "postgres_sockets"
         log = self.folder / "mlflow.log"
         log.unlink(missing_ok=True)
         environment = self._child_environment() | {
@@ -259,23 +273,33 @@ class LocalStack:
         }
         del environment["MLFLOW_TRACKING_URI"]
         server = start_server(
-            parts.mlflow_command(port, sockets),
+            parts.mlflow_command(int(uri.rpartition(":")[2]), sockets.resolve()),
             log=log,
             environment=environment,
             detached=self._detached,
             cwd=self.folder,
         )
         self._keep("mlflow", server)
-        return server, log
+        return functools.partial(
+            wait_until_ready,
+            "MLflow",
+            server,
+            lambda: parts.http_answers(f"{uri}/health"),
+            log=log,
+            seconds=_SECONDS_TO_START,
+        )
 
-    def _start_head(self, dashboard: int) -> None:
+    def _start_head(self) -> None:
         log = self.folder / "ray-head.log"
         log.unlink(missing_ok=True)
         # Its sockets' paths must be short, so Ray's own folder cannot be below ours.
         ray_folder = Path(tempfile.mkdtemp(prefix="amint-ray-"))
         self._keep_folder("ray", ray_folder)
         command = parts.head_command(
-            self._environment["RAY_ADDRESS"], dashboard, ray_folder, cpus=self._cpus
+            self._environment["RAY_ADDRESS"],
+            int(self._environment["RAY_API_SERVER_ADDRESS"].rpartition(":")[2]),
+            ray_folder,
+            cpus=self._cpus,
         )
         server = start_server(
             command, log=log, environment=self._child_environment(), detached=self._detached
@@ -329,7 +353,7 @@ class LocalStack:
         _write_private(
             self._state, json.dumps({"servers": servers, "environment": self._environment})
         )
-        lines = [f"export {name}={_quoted(value)}" for name, value in self._environment.items()]
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in self._environment.items()]
         _write_private(self.folder / "env", "\n".join([*lines, ""]))
 
     def _read_state(self) -> None:
@@ -365,10 +389,6 @@ class LocalStack:
 def shown(name: str, value: str) -> str:
     """A variable as it may be printed."""
     return "***" if any(part in name for part in _MASKED) and not name.endswith("PATH") else value
-
-
-def _quoted(value: str) -> str:
-    return "'" + value.replace("'", "'\\''") + "'"
 
 
 def _write_private(path: Path, text: str) -> None:

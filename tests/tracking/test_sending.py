@@ -1,0 +1,196 @@
+"""Records reach a real MLflow in order and once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from launch.silent import Silent
+from mlflow.entities import Run
+from tracking.mlflow_server import MlflowServer, door
+
+from amint_ray.config.load import load_config
+from amint_ray.contracts import UserError
+from amint_ray.tracking.run_log import open_run
+from amint_ray.tracking.sending import Delivery, MLflowSender
+from amint_ray.tracking.spool import Record, Spool, SpooledRun
+from amint_ray.tracking.sync import sync
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def new_spool(tmp_path: Path, server: MlflowServer) -> Callable[[], Spool]:
+    def make() -> Spool:
+        opened = open_run(server.uri, load_config("digits"), run_name="a-run", tags={})
+        return Spool(tmp_path / "a-run", SpooledRun(opened.run_id, "a-run", server.uri))
+
+    return make
+
+
+def metric(step: int, name: str = "a") -> Record:
+    return {"kind": "metrics", "time": 10**12 + step, "step": step, "values": {name: step / 4}}
+
+
+def fill(spool: Spool, metrics: int) -> None:
+    """Some of every kind but models."""
+    for step in range(metrics):
+        spool.append(metric(step))
+    spool.append({"kind": "tags", "values": {"amint.workers": "2", "amint.ray_cpus": "4"}})
+    fields = {"name": "digits", "digest": "d" * 32, "source_type": "code", "source": "{}"}
+    spool.append({"kind": "dataset", "fields": {**fields, "profile": '{"images": 7}'}})
+    folder = spool.new_folder()
+    (folder / "some").mkdir()
+    (folder / "some" / "ünlike.txt").write_text("content")
+    spool.append({"kind": "files", "folder": folder.name})
+    spool.append(metric(metrics, "b"))
+    spool.append({"kind": "status", "status": "FINISHED", "time": 4 * 10**12})
+
+
+def check_run(uri: str, run_id: str, *, metrics: int, scratch: Path) -> None:
+    client = mlflow.MlflowClient(uri)
+    run: Run = client.get_run(run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 4 * 10**12)
+    history = client.get_metric_history(run_id, "a")
+    assert [(p.step, p.value, p.timestamp) for p in history] == [
+        (step, step / 4, 10**12 + step) for step in range(metrics)
+    ]
+    assert [p.step for p in client.get_metric_history(run_id, "b")] == [metrics]
+    assert run.data.tags["amint.workers"] == "2"
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("digits", "d" * 32)
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+    path = client.download_artifacts(run_id, "some/ünlike.txt", str(scratch))
+    assert Path(path).read_text() == "content"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_every_kind_arrives_and_twice_is_once(
+    server: MlflowServer, new_spool: Callable[[], Spool], tmp_path: Path
+) -> None:
+    spool = new_spool()
+    fill(spool, 1203)
+    sender = MLflowSender(server.uri, spool)
+    sent = []
+    for _ in range(2):  # the second time as if no answer had come
+        records = spool.waiting()
+        while records:
+            count = sender(records)
+            sent.append(count)
+            records = records[count:]
+    assert sum(sent) == 2 * len(spool.waiting())
+    assert len(sent) < 20, "metrics go together"
+    check_run(server.uri, spool.run.run_id, metrics=1203, scratch=tmp_path)
+
+
+def test_a_record_of_a_newer_version_is_not_dropped(
+    server: MlflowServer, new_spool: Callable[[], Spool]
+) -> None:
+    spool = new_spool()
+    spool.append({"kind": "hologram"})
+    with pytest.raises(ValueError, match="hologram"):
+        MLflowSender(server.uri, spool)(spool.waiting())
+
+
+@pytest.mark.parametrize("forwarded", [False, True], ids=["refused", "answer-lost"])
+def test_a_server_that_fails_every_third_call(
+    server: MlflowServer,
+    new_spool: Callable[[], Spool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forwarded: bool,
+) -> None:
+    spool = new_spool()
+    # MLflow's own repetition must not hide what ours does.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with door(server.uri, forwarded=forwarded) as uri:
+        delivery = Delivery(spool, MLflowSender(uri, spool))
+        fill(spool, 40)
+        wait_until(lambda: not spool.waiting())
+        assert delivery.stop(10)
+    news = list(delivery.news())
+    assert "takes no records" in news[0]
+    assert news[1::2] == ["MLflow takes records again"] * (len(news) // 2)
+    check_run(server.uri, spool.run.run_id, metrics=40, scratch=tmp_path)
+
+
+def test_a_server_that_is_killed_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    server = MlflowServer(tmp_path)
+    server.start()
+    try:
+        opened = open_run(server.uri, load_config("digits"), run_name="r", tags={})
+        spool = Spool(tmp_path / "spool" / "r", SpooledRun(opened.run_id, "r", server.uri))
+        delivery = Delivery(spool, MLflowSender(server.uri, spool))
+        for step in range(20):
+            spool.append(metric(step))
+        wait_until(lambda: not spool.waiting())
+        server.kill()
+        for step in range(20, 40):
+            spool.append(metric(step))
+        wait_until(lambda: delivery.failing[0] > 0)
+        assert len(spool.waiting()) == 20
+        server.start()
+        wait_until(lambda: not spool.waiting())
+        assert delivery.failing[0] == 0
+        # For good, then: what was not sent is sent by another process.
+        server.kill()
+        for step in range(40, 60):
+            spool.append(metric(step))
+        spool.append({"kind": "status", "status": "FINISHED", "time": 4 * 10**12})
+        assert delivery.stop(60)
+        spool.close()
+        with pytest.raises(UserError, match="no MLflow server answers"):
+            sync([tmp_path / "spool"], Silent())
+        server.start()
+        document = sync([tmp_path / "spool"], Silent())
+        assert document["left"] == 0
+        (run,) = document["runs"]
+        assert (run["run_id"], run["sent"], run["problem"]) == (opened.run_id, 21, None)
+        client = mlflow.MlflowClient(server.uri)
+        history = client.get_metric_history(opened.run_id, "a")
+        assert [point.step for point in history] == list(range(60))
+        assert client.get_run(opened.run_id).info.status == "FINISHED"
+        assert not (tmp_path / "spool").exists()
+        assert sync([], Silent()) == {"runs": [], "left": 0}
+    finally:
+        server.kill()
+
+
+def test_what_the_server_refuses_stays_and_is_named(
+    server: MlflowServer, new_spool: Callable[[], Spool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amint_ray.tracking.sync._PAUSES", ())
+    spool = new_spool()
+    client = mlflow.MlflowClient(server.uri)
+    client.delete_run(spool.run.run_id)
+    spool.append(metric(1))
+    folder, run_id = spool.folder, spool.run.run_id
+    spool.close()
+    document: dict[str, Any] = sync([folder], Silent())
+    assert document["left"] == 1
+    assert run_id in document["runs"][0]["problem"]
+    client.restore_run(run_id)
+    assert sync([folder], Silent())["left"] == 0
+    with pytest.raises(UserError, match="there is no folder"):
+        sync([folder], Silent())
