@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import amint_ray
+from amint_ray import cli_tracking
 from amint_ray.contracts import RunError, UserError, first_line
 from amint_ray.signals import Stopped, install_handlers, raise_if_stopped, received, write
 
@@ -258,6 +259,10 @@ def doctor(overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
             display.close()
     print_document(document, print_checks, stdout, as_json=as_json)
     click.get_current_context().exit(0 if document["ok"] else 1)
+
+
+for command in cli_tracking.COMMANDS:
+    cli.add_command(command)
 
 
 def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -209,6 +209,83 @@ def print_checks(document: Mapping[str, Any], console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def print_versions(versions: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Registered versions with their figures."""
+    if not versions:
+        console.print("no model of amint_ray is registered here", highlight=False)
+        return
+    table = Table()
+    headings = {"model": "left", "version": "right", "aliases": "left"}
+    figures = {
+        "task_accuracy": "task accuracy",
+        "member_auc": "AUC, member",
+        "member_tpr_at_fpr_1pct": "TPR at 1 % FPR",
+        "withheld_auc": "AUC, withheld",
+    }
+    headings |= dict.fromkeys(figures.values(), "right")
+    headings |= dict.fromkeys(("confounders", "run", "registered"), "left")
+    for heading, side in headings.items():
+        table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
+    clean = {True: "clean", False: "CONFOUNDED", None: "not known"}
+    for version in versions:
+        table.add_row(
+            version["name"],
+            str(version["version"]),
+            ", ".join(version["aliases"]),
+            *(interval(version["figures"][key]) for key in figures),
+            clean[version["confounders_clean"]],
+            version["run_id"],
+            version["registered"][:10],
+        )
+    console.print(table)
+
+
+def print_promotion(document: Mapping[str, Any], console: Console) -> None:
+    """Whether an alias was moved, and why not."""
+    what = f"{document['name']} version {document['version']}"
+    before = document["previous"]
+    if document["promoted"]:
+        lines = [f"{what} is {document['alias']}"]
+        if before not in (None, document["version"]):
+            lines[0] += f" now; version {before} was"
+    else:
+        held = "no version is" if before is None else f"version {before} still is"
+        lines = [f"{what} is not promoted: {held} {document['alias']}"]
+    lines += [f"  {reason}" for reason in document["reasons"]]
+    lines += [f"  note: {note}" for note in document["notes"]]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_reproduced(document: Mapping[str, Any], console: Console) -> None:
+    """Every metric of both runs and how far they are apart."""
+    table = Table(title=f"{document['run_id']}, trained again as {document['reproduced_run_id']}")
+    for heading in ("metric", "old", "new", "difference", ""):
+        table.add_column(heading, justify="left" if heading in ("metric", "") else "right")
+    inside = {None: "", True: "within the interval", False: "OUTSIDE the interval"}
+    for name, metric in document["metrics"].items():
+        values = (metric[key] for key in ("old", "new", "difference"))
+        cells = (_NO_VALUE if value is None else f"{value:.6g}" for value in values)
+        same = metric["difference"] == 0
+        table.add_row(name, *cells, "equal" if same else inside[metric["inside_interval"]])
+    console.print(table)
+    told = {True: "the same", False: "others", None: "not known"}
+    verdicts = {
+        "equal": "equal, to the last bit",
+        "inside": "not equal; every figure is within the old one's interval",
+        "outside": "NOT reproduced: a figure is outside the old one's interval",
+    }
+    lines = {
+        "verdict": verdicts[document["verdict"]],
+        "code": told[document["same_commit"]],
+        "packages": told[document["same_versions"]],
+        "images and roles": told[document["same_data"]],
+        "registered model": document["model_uri"],
+    }
+    for label, text in lines.items():
+        console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 _REASONS_SHOWN = 10

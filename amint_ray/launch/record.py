@@ -18,7 +18,10 @@ from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import read_scores, write_scores
 from amint_ray.launch.prepare import Prepared
 from amint_ray.tracking import registry
-from amint_ray.tracking.run_log import RunLog, without_password
+from amint_ray.tracking.card import CARD, model_card, shortened
+from amint_ray.tracking.headline import headline_tags
+from amint_ray.tracking.run_log import RunLog, environment, without_password
+from amint_ray.tracking.versions import describe_version
 from amint_ray.train.loop import SCORES
 from amint_ray.train.state import WEIGHTS
 
@@ -46,35 +49,13 @@ def record(
     figures["confounders"] = prepared.confounders
     index = prepared.dataset.index
     quarantine = [*index.quarantine, *lost.items()]
-    log.log_figures(figures, step=config.train.epochs)
-    with tempfile.TemporaryDirectory(prefix="amint-artifacts-") as name:
-        folder = Path(name)
-        index.manifest.write(folder / "manifest.parquet")
-        write_quarantine(quarantine, folder / "quarantine.parquet")
-        write_scores(table, folder / SCORES)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=2))
-        roc_curves(table, figures).savefig(folder / "roc.png", dpi=120)
-        score_histograms(table).savefig(folder / "scores.png", dpi=120)
-        log.log_folder(folder)
     # A model whose head says nothing must not become the newest version of one whose head does.
     name = config.registered_model + ("" if head_trained else "-plain")
-    version = registry.register(
-        name,
-        run_id=log.run_id,
-        weights=checkpoint / WEIGHTS,
-        architecture=prepared.architecture,
-        data=config.data,
-        class_names=index.class_names,
-        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
-    )
-    model_uri = f"models:/{name}/{version}"
-    return {
+    document = {
         "run_id": log.run_id,
         "run_name": prepared.run_name,
         "tracking_uri": without_password(prepared.tracking_uri),
         "recipe": config.name,
-        "model_uri": model_uri,
-        "load": f'amint_ray.load("{model_uri}")',
         **figures,
         "data": {"source": config.data.source, "mode": config.data.mode},
         "counts": index.manifest.counts,
@@ -85,3 +66,33 @@ def record(
         "config_fingerprint": fingerprint(config),
         "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
     }
+    card = model_card(
+        document,
+        name=name,
+        config=config,
+        architecture=prepared.architecture,
+        environment=environment(),
+    )
+    log.log_figures(figures, step=config.train.epochs)
+    with tempfile.TemporaryDirectory(prefix="amint-artifacts-") as temporary:
+        folder = Path(temporary)
+        index.manifest.write(folder / "manifest.parquet")
+        write_quarantine(quarantine, folder / "quarantine.parquet")
+        write_scores(table, folder / SCORES)
+        (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        roc_curves(table, figures).savefig(folder / "roc.png", dpi=120)
+        score_histograms(table).savefig(folder / "scores.png", dpi=120)
+        log.log_folder(folder)
+    version = registry.register(
+        name,
+        run_id=log.run_id,
+        weights=checkpoint / WEIGHTS,
+        architecture=prepared.architecture,
+        data=config.data,
+        class_names=index.class_names,
+        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
+    )
+    describe_version(name, version, tags=headline_tags(document), description=shortened(card))
+    model_uri = f"models:/{name}/{version}"
+    return {**document, "model_uri": model_uri, "load": f'amint_ray.load("{model_uri}")'}

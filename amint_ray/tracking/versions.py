@@ -27,8 +27,8 @@ _MOST_NAMED = 20
 T = TypeVar("T")
 
 
-def open_registry() -> MlflowClient:
-    """A client of the MLflow that has the models.
+def open_mlflow() -> MlflowClient:
+    """A client of the MLflow that has runs and models; makes nothing where there is none.
 
     Raises:
         UserError: nobody answers, or there is no database in the working directory.
@@ -74,7 +74,7 @@ def list_versions(name: str | None) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no such model, or MLflow does not answer.
     """
-    client = open_registry()
+    client = open_mlflow()
     aliases = _aliases(client)
     if name is not None and name not in aliases:
         raise UserError(_no_such_model(client, name, aliases))
@@ -139,7 +139,7 @@ def promote(
         UserError: there is no such model or version, the alias is none, or MLflow does not answer.
     """
     check_alias(alias)
-    client = open_registry()
+    client = open_mlflow()
     aliases = _aliases(client)
     if name not in aliases:
         raise UserError(_no_such_model(client, name, aliases))
@@ -227,6 +227,33 @@ def judge(
         elif new["value"] < old["value"]:
             reasons.append(f"{label}: {told(new)}, below {told(old)} of version {holder.version}")
     return reasons, notes
+
+
+def set_tags(run_id: str, tags: Mapping[str, str]) -> None:
+    """Tell an MLflow run more about itself.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri())
+    for key, value in tags.items():
+        asking(client.set_tag, run_id, key, value)
+
+
+def describe_version(name: str, version: str, *, tags: Mapping[str, str], description: str) -> None:
+    """Tell the registry what a version is.
+
+    Raises:
+        UserError: MLflow does not answer, or the version is gone.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri())
+    for key, value in tags.items():
+        asking(client.set_model_version_tag, name, version, key, value)
+    asking(client.update_model_version, name, version, description)
 
 
 def mark_challenger(name: str, version: str) -> bool:
