@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import amint_ray
+from amint_ray import cli_tracking
 from amint_ray.contracts import RunError, UserError, first_line
 from amint_ray.signals import Stopped, install_handlers, raise_if_stopped, received, write
 
@@ -72,6 +71,8 @@ def train(
     Where a run of the same configuration was cut off, it goes on from its last checkpoint.
     """
     from amint_ray.config.load import load_config
+    from amint_ray.display import open_display, results_only
+    from amint_ray.tables import print_document, print_result
 
     if new and resume is not None:
         raise UserError("--new and --resume contradict each other; give one of them")
@@ -79,9 +80,7 @@ def train(
         raise UserError("--force-resume needs --resume=RUN")
 
     config = load_config(recipe, overrides)
-    with _results_only(verbose=verbose) as stdout:
-        from amint_ray.display import open_display, print_document, print_result
-
+    with results_only(verbose=verbose) as stdout:
         display = open_display(raise_if_stopped, plain=verbose)
         display.phase("starting")
         from amint_ray.launch.train_run import Resume, run_training  # torch and timm: seconds
@@ -123,6 +122,8 @@ def taps(backbone: str, overrides: tuple[str, ...], every: bool, as_json: bool) 
     without a size, the backbone's own is taken.
     """
     from amint_ray.config.load import load_config, recipe_names
+    from amint_ray.display import results_only
+    from amint_ray.tables import print_document, print_taps
 
     if backbone in recipe_names() or backbone.endswith((".yaml", ".yml")):
         config = load_config(backbone, overrides)
@@ -131,8 +132,7 @@ def taps(backbone: str, overrides: tuple[str, ...], every: bool, as_json: bool) 
     if any(override.startswith("mint.taps=") for override in overrides):
         raise UserError("amint taps shows all placements; leave mint.taps out")
     own_size = "image_size" not in config.data.model_fields_set
-    with _results_only(verbose=False) as stdout:
-        from amint_ray.display import print_document, print_taps
+    with results_only(verbose=False) as stdout:
         from amint_ray.launch.describe_taps import describe_taps
 
         document = describe_taps(config, every=every, own_size=own_size)
@@ -150,10 +150,11 @@ def data(source: str, overrides: tuple[str, ...], sheet: str, as_json: bool) -> 
     Counts, classes, sizes, the roles that images would get, duplicates, what cannot be used and
     why, and a contact sheet. For instance: amint data folder data.path=DIR
     """
-    config = _config_of_source(source, overrides)
-    with _results_only(verbose=False) as stdout:
-        from amint_ray.display import open_display, print_data, print_document
+    from amint_ray.display import open_display, results_only
+    from amint_ray.tables import print_data, print_document
 
+    config = _config_of_source(source, overrides)
+    with results_only(verbose=False) as stdout:
         display = open_display(raise_if_stopped)
         try:
             from amint_ray.launch.describe_data import describe_data
@@ -184,10 +185,11 @@ def prepare(
     What is there already is not written again. Runs that read DEST need not look at each image
     first. For instance: amint prepare folder s3://bucket/birds data.path=DIR
     """
-    config = _config_of_source(source, overrides)
-    with _results_only(verbose=verbose) as stdout:
-        from amint_ray.display import open_display, print_document, print_prepared
+    from amint_ray.display import open_display, results_only
+    from amint_ray.tables import print_document, print_prepared
 
+    config = _config_of_source(source, overrides)
+    with results_only(verbose=verbose) as stdout:
         display = open_display(raise_if_stopped, plain=verbose)
         try:
             from amint_ray.launch.prepare_data import prepare_data
@@ -215,11 +217,12 @@ def submit(command: tuple[str, ...], no_wait: bool, as_json: bool, **options: An
     Without --address, RAY_API_SERVER_ADDRESS, RAY_DASHBOARD or RAY_ADDRESS names the dashboard.
     Ctrl-C stops the job; where only the terminal is lost, it goes on.
     """
-    from amint_ray.display import print_document, print_job
+    from amint_ray.display import results_only
     from amint_ray.launch.submit_job import plan_job
+    from amint_ray.tables import print_document, print_job
 
     job = plan_job(command, lambda w: train.make_context("amint train", w).params, **options)
-    with _results_only(verbose=False) as stdout:
+    with results_only(verbose=False) as stdout:
         try:
             job.send()
             _say(f"job {job.job_id} is sent", 0)
@@ -243,9 +246,10 @@ def doctor(overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     For instance: amint doctor storage.path=s3://bucket/runs data.path=s3://bucket/imagenet
     """
-    with _results_only(verbose=False) as stdout:
-        from amint_ray.display import open_display, print_checks, print_document
+    from amint_ray.display import open_display, results_only
+    from amint_ray.tables import print_checks, print_document
 
+    with results_only(verbose=False) as stdout:
         display = open_display(raise_if_stopped)
         try:
             from amint_ray.launch.doctor import diagnose
@@ -255,6 +259,10 @@ def doctor(overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
             display.close()
     print_document(document, print_checks, stdout, as_json=as_json)
     click.get_current_context().exit(0 if document["ok"] else 1)
+
+
+for command in cli_tracking.COMMANDS:
+    cli.add_command(command)
 
 
 def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:
@@ -271,31 +279,6 @@ def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:
     if any(override.startswith("data.source=") for override in overrides):
         raise UserError(f"the source is {source!r} already; leave data.source out")
     return load_config(None, [f"data.source={source}", *overrides])
-
-
-@contextlib.contextmanager
-def _results_only(*, verbose: bool) -> Iterator[TextIO]:
-    """Keep stdout for the result: whatever libraries print there goes to stderr instead.
-
-    Without `verbose`, their log lines and warnings are dropped.
-    """
-    import logging
-    import warnings
-
-    if not verbose:
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that Ray starts
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-    sys.stdout.flush()
-    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        yield result
-    finally:
-        sys.stdout.flush()
-        os.dup2(result.fileno(), 1)
 
 
 def _seconds_since_process_start() -> float:

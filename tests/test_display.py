@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from amint_ray.display import LiveDisplay, PlainDisplay, interval, print_data, print_result
+from amint_ray.display import LiveDisplay, PlainDisplay
+from amint_ray.tables import interval, print_data, print_result
 
 EPOCH = {"phase": "epoch", "epoch": 3, "train/task_loss": 0.5, "train/mint_loss": 0.25}
 STEP = {"phase": "train", "epoch": 3, "epochs": 8, "step": 30, "steps": 80}

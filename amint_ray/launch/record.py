@@ -24,7 +24,9 @@ from amint_ray.launch.beside import MODEL
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.recording import Recording
 from amint_ray.tracking import registry
-from amint_ray.tracking.run_log import without_password
+from amint_ray.tracking.card import CARD, model_card, shortened
+from amint_ray.tracking.headline import headline_tags
+from amint_ray.tracking.run_log import environment, without_password
 from amint_ray.train.loop import SCORES
 from amint_ray.train.state import WEIGHTS
 
@@ -58,19 +60,10 @@ def record(
     figures["confounders"] = prepared.confounders
     index = prepared.dataset.index
     quarantine = [*index.quarantine, *lost.items()]
-    run.tell_figures(figures, step=config.train.epochs)
-    folder = run.new_folder()
-    index.manifest.write(folder / "manifest.parquet")
-    write_quarantine(quarantine, folder / "quarantine.parquet")
-    write_scores(table, folder / SCORES)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
-    pictures = {"roc": roc_curves(table, figures), "scores": score_histograms(table)}
-    pictures["losses"] = loss_curves(history)
-    if head_trained:
-        pictures["calibration"] = calibration_curve(table, figures)
-    for name, picture in pictures.items():
-        picture.savefig(folder / f"{name}.png", dpi=120)
+    # A model whose head says nothing must not become the newest version of one whose head does.
+    name = config.registered_model + ("" if head_trained else "-plain")
     document = {
+        "registered_model": name,
         "run_name": prepared.run_name,
         "tracking_uri": without_password(prepared.tracking_uri)
         if config.tracking.enabled
@@ -86,9 +79,30 @@ def record(
         "config_fingerprint": fingerprint(config),
         "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
     }
+    card = model_card(
+        document,
+        name=name,
+        config=config,
+        architecture=prepared.architecture,
+        environment=environment(),
+    )
+    run.tell_figures(figures, step=config.train.epochs)
+    folder = run.new_folder()
+    index.manifest.write(folder / "manifest.parquet")
+    write_quarantine(quarantine, folder / "quarantine.parquet")
+    write_scores(table, folder / SCORES)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    (folder / CARD).write_text(card, encoding="utf-8")
+    pictures = {
+        "roc": roc_curves(table, figures),
+        "scores": score_histograms(table),
+        "losses": loss_curves(history),
+    }
+    if head_trained:
+        pictures["calibration"] = calibration_curve(table, figures)
+    for picture_name, picture in pictures.items():
+        picture.savefig(folder / f"{picture_name}.png", dpi=120)
     run.tell_files(folder)
-    # A model whose head says nothing must not become the newest version of one whose head does.
-    name = config.registered_model + ("" if head_trained else "-plain")
     model = run.new_folder()
     registry.write_folder(
         model,
@@ -98,8 +112,8 @@ def record(
         class_names=index.class_names,
         calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
     )
-    run.tell_model(model, name, tags={}, description="")
-    return {"registered_model": name, **document}
+    run.tell_model(model, name, tags=headline_tags(document), description=shortened(card))
+    return document
 
 
 def finish(

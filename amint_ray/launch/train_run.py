@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, Watcher, first_line
 from amint_ray.data.loading import smallest_step
+from amint_ray.data.roles import Manifest
 from amint_ray.launch.cluster import address_of, connect, job_tags
-from amint_ray.launch.dataset import find_source, index_on_ray, load_here
+from amint_ray.launch.dataset import Dataset, find_source, index_on_ray, load_here
 from amint_ray.launch.prepare import (
+    Prepared,
     check,
     prepare,
     settle_streams,
@@ -53,7 +55,13 @@ class Resume:
 
 
 def run_training(
-    config: Config, watcher: Watcher, *, resume: Resume = Resume(), verbose: bool = False
+    config: Config,
+    watcher: Watcher,
+    *,
+    resume: Resume = Resume(),
+    tags: Mapping[str, str] | None = None,
+    check_data: Callable[[Manifest], None] = lambda manifest: None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Train, measure, record and register.
 
@@ -61,6 +69,9 @@ def run_training(
         config: the whole configuration.
         watcher: is told how far the run is.
         resume: whether to go on with an earlier run.
+        tags: of the MLflow run, beside its own.
+        check_data: is shown all samples and their roles before anything is done with them, and may
+            raise.
         verbose: let Ray talk.
 
     Returns:
@@ -74,6 +85,11 @@ def run_training(
         BaseException: whatever a signal raises; the MLflow run is marked killed.
     """
     clock = Clock()
+
+    def examined(dataset: Dataset) -> Prepared:
+        check_data(dataset.index.manifest)
+        return prepare(config, checked, dataset, watcher, earlier=earlier)
+
     with clock.phase("data"):
         checked = check(config, watcher)
         asked, earlier = config, _earlier_run(config, checked.storage, watcher, resume)
@@ -84,8 +100,7 @@ def run_training(
         config, source = find_source(config, watcher)
         prepared = None
         if config.data.mode == "memory":
-            dataset = load_here(config, source, watcher)
-            prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
+            prepared = examined(load_here(config, source, watcher))
     _import_meanwhile("mlflow", "amint_ray.launch.record")
     watcher.phase("starting Ray")
     address = address_of(config.cluster)
@@ -95,8 +110,7 @@ def run_training(
                 wait_for_room(config.cluster, watcher)
         if prepared is None:
             with clock.phase("data"):
-                dataset = index_on_ray(config, source, checked.storage, watcher)
-                prepared = prepare(config, checked, dataset, watcher, earlier=earlier)
+                prepared = examined(index_on_ray(config, source, checked.storage, watcher))
         smallest = smallest_step(prepared.dataset.index.manifest, config)
         rows = worker_rows(config, prepared.architecture, smallest)
         workers, use_gpu = (
@@ -109,7 +123,7 @@ def run_training(
         with (
             contextlib.ExitStack() as after_the_last_beat,
             alive(asked, prepared.storage, prepared.run_name) as sign,
-            recording(prepared, asked, watcher, tags=job_tags(workers)) as run,
+            recording(prepared, asked, watcher, tags={**job_tags(workers), **(tags or {})}) as run,
         ):
             from amint_ray.launch import record
             from amint_ray.launch.fit import DivergedError, fit

@@ -42,6 +42,7 @@ class MLflowSender:
         self.versions: dict[str, str] = {}
         self._spool = spool
         self._run_id = spool.run.run_id
+        mlflow.set_tracking_uri(uri)  # the model's files go where this says
         self._client: MlflowClient = mlflow.MlflowClient(uri)
 
     def __call__(self, records: Sequence[Record]) -> int:
@@ -106,14 +107,17 @@ class MLflowSender:
 
     def _model(self, record: Record) -> None:
         from amint_ray.tracking import registry
+        from amint_ray.tracking.versions import mark_challenger
 
-        self.versions[record["name"]] = registry.register(
+        version = registry.register(
             self._spool.folder_of(record),
             record["name"],
             run_id=self._run_id,
             tags=record["tags"],
             description=record["description"],
         )
+        mark_challenger(self._client, record["name"], version)
+        self.versions[record["name"]] = version
 
     def _status(self, record: Record) -> None:
         if record["status"] == "RUNNING":
