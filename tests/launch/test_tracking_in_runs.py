@@ -15,8 +15,10 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 from launch.commands import Command
+from tracking.mlflow_server import MlflowServer
 
 import amint_ray
+from infra.local.object_store import ObjectStore
 from infra.local.stack import LocalStack
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -142,6 +144,54 @@ def check_completeness(
     assert len(machine) > 10
     assert all(0 <= point.value <= 100 for point in machine)
     assert "system/system_memory_usage_megabytes" in run.data.metrics
+
+
+def test_with_a_password_and_artifacts_that_go_to_s3_directly(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    object_store.make_bucket("direct")
+    admin = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "p@ss word: ü"}
+    config = tmp_path / "auth.ini"
+    config.write_text(
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"
+        f"database_uri = sqlite:///{tmp_path / 'users.db'}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    server = MlflowServer(
+        tmp_path,
+        *("--app-name", "basic-auth", "--no-serve-artifacts"),
+        *("--default-artifact-root", "s3://direct/artifacts"),
+        environment={
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": admin["MLFLOW_TRACKING_PASSWORD"],
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test alone",
+        },
+    )
+    server.start()
+    arguments = ["train", "digits", "train.epochs=1", "cluster.workers=1"]
+    arguments += ["data.confounder_check=false", "--json"]
+    environment = {"MLFLOW_TRACKING_URI": server.uri, **object_store.environment}
+    try:
+        # Found out while the workers start; nothing was trained.
+        nobody = Command(tmp_path, arguments, environment=environment)
+        assert nobody.wait() == 2
+        assert "takes no run" in nobody.stderr.splitlines()[-1]
+        assert "Traceback" not in nobody.stderr
+        someone = Command(tmp_path, arguments, environment={**environment, **admin})
+        document = someone.document()
+        assert admin["MLFLOW_TRACKING_PASSWORD"] not in someone.stderr + someone.stdout
+        for name, value in {**environment, **admin}.items():
+            monkeypatch.setenv(name, value)
+        client = mlflow.MlflowClient(server.uri)
+        run = client.get_run(document["run_id"])
+        assert run.info.status == "FINISHED"
+        assert run.info.artifact_uri.startswith("s3://direct/artifacts/")
+        assert list((object_store.folder / "buckets/direct/artifacts").rglob("scores.parquet"))
+        mlflow.set_tracking_uri(server.uri)
+        model = amint_ray.load(document["model_uri"])
+        assert len(model.preprocessing.class_names) == 10
+    finally:
+        server.kill()
 
 
 def test_without_mlflow_the_model_lies_beside_the_checkpoints(tmp_path: Path) -> None:

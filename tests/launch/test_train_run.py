@@ -31,6 +31,7 @@ from amint_ray.storage import locate
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 EPOCHS = 4
+QUICK = ["cluster.workers=1", "data.confounder_check=false"]
 
 
 class Run:
@@ -221,7 +222,7 @@ def test_registered_model_is_an_mlflow_model_without_pickle(run: Run) -> None:
 
 def test_two_runs_at_once_and_any_number_of_workers_agree(run: Run, tmp_path: Path) -> None:
     """Both in one folder that is new, one of them showing its table instead of the document."""
-    arguments = ["train", "digits", f"train.epochs={EPOCHS}", "cluster.workers=1"]
+    arguments = ["train", "digits", f"train.epochs={EPOCHS}", *QUICK]
     one = Command(tmp_path, [*arguments, "--json"])
     two = Command(tmp_path, arguments)
     document = one.document()
@@ -248,7 +249,7 @@ def test_two_runs_at_once_and_any_number_of_workers_agree(run: Run, tmp_path: Pa
 def test_without_the_head_nothing_is_said_of_it(tmp_path: Path) -> None:
     command = Command(
         tmp_path,
-        ["train", "digits", "train.epochs=1", "loss.lambda_mint=0", "cluster.workers=1", "--json"],
+        ["train", "digits", "train.epochs=1", "loss.lambda_mint=0", *QUICK, "--json"],
     )
     document = command.document()
     assert document["model_uri"] == "models:/amint-digits-plain/1"
@@ -261,7 +262,7 @@ def test_without_the_head_nothing_is_said_of_it(tmp_path: Path) -> None:
     "signum, moment, recorded",
     [
         (signal.SIGINT, "epoch 1 ", ["KILLED"]),
-        (signal.SIGHUP, "starting 2 workers", ["KILLED"]),
+        (signal.SIGHUP, "starting 1 worker", ["KILLED"]),
         (signal.SIGTERM, "starting Ray", []),
         (signal.SIGKILL, "epoch 1 ", ["RUNNING"]),
     ],
@@ -269,7 +270,7 @@ def test_without_the_head_nothing_is_said_of_it(tmp_path: Path) -> None:
 def test_a_stopped_run_is_marked_and_leaves_nothing(
     tmp_path: Path, signum: signal.Signals, moment: str, recorded: list[str]
 ) -> None:
-    command = Command(tmp_path, ["train", "digits", "train.epochs=10000", "--json"])
+    command = Command(tmp_path, ["train", "digits", "train.epochs=10000", *QUICK, "--json"])
     command.wait_until(lambda: moment in command.stderr)
     command.interrupt(signum)
     assert command.wait() == (-signum if signum == signal.SIGKILL else 128 + signum)
@@ -280,12 +281,12 @@ def test_a_stopped_run_is_marked_and_leaves_nothing(
 
 
 def test_a_run_that_diverges_fails_in_one_line(tmp_path: Path) -> None:
-    command = Command(tmp_path, ["train", "digits", "train.lr=1e30", "--json"])
+    command = Command(tmp_path, ["train", "digits", "train.lr=1e30", *QUICK, "--json"])
     assert command.wait() == 1
     last = command.stderr.splitlines()[-1]
     assert re.search(r"training failed: step \d+ \(epoch 1\): task loss .*, MINT loss ", last)
     assert "train.lr" in last and "digits/" in last
-    assert command.stderr.count("starting 2 workers") == 1  # trying again would end the same way
+    assert command.stderr.count("starting 1 worker") == 1  # trying again would end the same way
     assert "Traceback" not in command.stderr
     assert command.stdout == ""
     assert statuses(tmp_path) == ["FAILED"]

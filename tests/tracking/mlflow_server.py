@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,16 @@ from infra.local.parts import free_port
 
 
 class MlflowServer:
-    """On loopback, on a SQLite file; its address and what it knows outlive its process."""
+    """On loopback, on a SQLite file; its address and what it knows outlive its process.
 
-    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None):
+    Artifacts go through it unless options say otherwise.
+    """
+
+    def __init__(self, folder: Path, *options: str, environment: Mapping[str, str] | None = None):
         self.uri = f"http://127.0.0.1:{free_port()}"
-        self._folder, self._options, self._environment = folder, options, environment or {}
+        self._folder, self._environment = folder, environment or {}
+        here = ("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts"))
+        self._options = options or here
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -33,7 +38,6 @@ class MlflowServer:
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
                 *("--port", self.uri.rpartition(":")[2], "--workers", "1"),
                 *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
-                *("--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"),
                 *self._options,
             ],
             cwd=folder,
