@@ -63,9 +63,9 @@ def shortened(card: str, longest: int = LONGEST_DESCRIPTION) -> str:
     """A card without its last sections, so that it has at most so many characters and says so."""
     if len(card) <= longest:
         return card
-    room = longest - len(_SHORTENED) - 1
+    room = longest - len(_SHORTENED) - 2
     ends = [i for i in range(room + 1) if card.startswith("\n## ", i)]
-    return f"{card[: ends[-1] if ends else room].rstrip()}\n\n{_SHORTENED}"[:longest]
+    return f"{card[: ends[-1] if ends else room].rstrip()}\n\n{_SHORTENED}"
 
 
 def _summary(document: Document, name: str, config: Config, architecture: Architecture) -> str:
@@ -156,7 +156,7 @@ def _rows(document: Document) -> Iterator[tuple[str, list[Document]]]:
         label = f"balanced accuracy, threshold set for {rate} FPR"
         yield f"{prefix}{label}", [of["balanced_accuracy"] for of in both]
         if score == "membership":
-            yield "FPR that this threshold has on `test`", [of["realised_fpr"] for of in both]
+            yield f"FPR on `test` at this {rate} threshold", [of["realised_fpr"] for of in both]
             yield "balanced accuracy at 0.5", [of["balanced_accuracy_at_half"] for of in both]
             for prior in both[0]["precision_at_prior"]:
                 yield (
@@ -168,6 +168,9 @@ def _rows(document: Document) -> Iterator[tuple[str, list[Document]]]:
                 f"{prefix}TPR at {percent(float(fpr))} FPR",
                 [of["tpr_at_fpr"][fpr] for of in both],
             )
+            realised = [of["realised_fpr_at"][fpr] for of in both]
+            if score == "membership" and any(figure["value"] is not None for figure in realised):
+                yield f"FPR on `test` at this {percent(float(fpr))} threshold", realised
 
 
 def _confounders(found: Document | None) -> str:
@@ -251,7 +254,7 @@ def _loading(document: Document, name: str, architecture: Architecture) -> str:
         "classes = answer.task_logits.argmax(1)",
     ]
     if document["membership"]["member"]["auc"]["value"] is not None:
-        lines.append("p = model.p_values(answer.membership_scores)  # small: likely trained on")
+        lines.append("p = model.p_values(answer.membership_scores)  # small: more likely a member")
     return "\n".join([*lines, "```"])
 
 

@@ -220,6 +220,42 @@ def test_registered_model_is_an_mlflow_model_without_pickle(run: Run) -> None:
         model.predict(images.astype(np.float64))
 
 
+def test_registered_version_has_its_figures_and_its_card(run: Run) -> None:
+    version = run.client.get_model_version("amint-digits", "1")
+    card = run.artifact("model_card.md").read_text(encoding="utf-8")
+    assert version.description == card and len(card) <= 5000
+    accuracy = run.document["task"]["accuracy"]
+    assert float(version.tags["amint.task_accuracy"]) == accuracy["value"]
+    assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in card
+    assert version.tags["amint.manifest_fingerprint"] == run.document["manifest_fingerprint"]
+    (load,) = re.findall(r"^model = (amint_ray\.load\(.*?\))", card, re.MULTILINE)
+    loaded = eval(load, {"amint_ray": amint_ray})
+    assert loaded.calibration.size == run.document["counts"]["calibration"]
+
+
+def test_a_run_that_is_reproduced_gives_every_metric_to_the_last_bit(
+    run: Run, tmp_path: Path
+) -> None:
+    run_id = run.document["run_id"]
+    command = Command(run.folder, ["reproduce", run_id, f"storage.path={tmp_path}", "--json"])
+    document = command.document()
+    assert "Traceback" not in command.stderr
+    assert command.leftovers() == []
+    assert document["run_id"] == run_id != document["reproduced_run_id"]
+    assert document["same_commit"] and document["same_versions"] and document["same_data"]
+    names = set(document["metrics"])
+    assert names >= {"task.accuracy", "membership.member.auc", "train/task_loss"}
+    assert "train/steps_per_second" not in names
+    for name, metric in document["metrics"].items():
+        assert metric["difference"] == 0, name
+        assert metric["inside_interval"] in (True, None)
+    assert document["verdict"] == "equal"
+    again = run.client.get_run(document["reproduced_run_id"])
+    assert again.data.tags["amint.reproduces"] == run_id
+    assert again.info.status == "FINISHED"
+    assert document["model_uri"] == "models:/amint-digits/2"
+
+
 def test_two_runs_at_once_and_any_number_of_workers_agree(run: Run, tmp_path: Path) -> None:
     """Both in one folder that is new, one of them showing its table instead of the document."""
     arguments = ["train", "digits", f"train.epochs={EPOCHS}", *QUICK]
