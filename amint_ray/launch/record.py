@@ -18,6 +18,7 @@ from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import read_scores, write_scores
 from amint_ray.launch.prepare import Prepared
 from amint_ray.tracking import registry
+from amint_ray.tracking.folder import write_folder
 from amint_ray.tracking.run_log import RunLog, without_password
 from amint_ray.train.loop import SCORES
 from amint_ray.train.state import WEIGHTS
@@ -58,15 +59,17 @@ def record(
         log.log_folder(folder)
     # A model whose head says nothing must not become the newest version of one whose head does.
     name = config.registered_model + ("" if head_trained else "-plain")
-    version = registry.register(
-        name,
-        run_id=log.run_id,
-        weights=checkpoint / WEIGHTS,
-        architecture=prepared.architecture,
-        data=config.data,
-        class_names=index.class_names,
-        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
-    )
+    with tempfile.TemporaryDirectory(prefix="amint-model-") as parent:
+        model = Path(parent) / "model"
+        no_program = write_folder(
+            model,
+            weights=checkpoint / WEIGHTS,
+            architecture=prepared.architecture,
+            data=config.data,
+            class_names=index.class_names,
+            calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
+        )
+        version = registry.register(model, name, run_id=log.run_id, tags={}, description="")
     model_uri = f"models:/{name}/{version}"
     return {
         "run_id": log.run_id,
@@ -75,6 +78,7 @@ def record(
         "recipe": config.name,
         "model_uri": model_uri,
         "load": f'amint_ray.load("{model_uri}")',
+        "no_program": no_program,
         **figures,
         "data": {"source": config.data.source, "mode": config.data.mode},
         "counts": index.manifest.counts,

@@ -134,6 +134,10 @@ def run_training(
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
                 last = Path(folder)
                 document = run.ask(lambda log: record(prepared, last, log, lost=fitted.lost))
+            if document["no_program"] is not None:
+                watcher.notice(
+                    f"without amint_ray the model is of no use: {document['no_program']}"
+                )
     finish(asked, prepared.storage, prepared.run_name)
     flops = {
         "joint_step": prepared.flops.joint,
