@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amint_ray.tracking.registry import RegisteredModel, load
+    from amint_ray.tracking.registered import RegisteredModel
+    from amint_ray.tracking.registry import load
 
 __all__ = ["RegisteredModel", "load"]
 __version__ = "0.1.0"
@@ -17,8 +18,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # torch and timm take seconds to import; `amint --help` should not.
-    if name in __all__:
-        from amint_ray.tracking import registry
+    if name == "load":
+        from amint_ray.tracking.registry import load
 
-        return getattr(registry, name)
+        return load
+    if name == "RegisteredModel":
+        from amint_ray.tracking.registered import RegisteredModel
+
+        return RegisteredModel
     raise AttributeError(f"module 'amint_ray' has no attribute {name!r}")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.tracking_overhead [--repeats 5] [--epochs 150] [--quick] [--json]
 
-The server is that of the local stack (PostgreSQL, artifacts to S3), on the same cores as the training. A
-point for every step and the machine's figures every ten seconds are recorded, as by default. Both
-ways are run in turn. An epoch's time is the loop's seconds over its epochs, a step's the median over
-the epochs, `log` what comes after training: figures, pictures, the model and its registration.
+The server is that of the local stack (PostgreSQL, artifacts to S3), on the same cores as the
+training. A point for every step and the machine's figures every ten seconds are recorded, as by
+default. Both ways are run in turn. An epoch's time is the loop's seconds over its epochs; `log` is
+what comes after training: figures, pictures, the model and its registration.
 """
 
 from __future__ import annotations

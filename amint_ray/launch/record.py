@@ -23,8 +23,8 @@ from amint_ray.evaluation.scores import read_scores, write_scores
 from amint_ray.launch.beside import MODEL
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.recording import Recording
-from amint_ray.tracking import registry
 from amint_ray.tracking.card import CARD, model_card, shortened
+from amint_ray.tracking.folder import write_folder
 from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import environment, without_password
 from amint_ray.train.loop import SCORES
@@ -63,6 +63,7 @@ def record(
     # A model whose head says nothing must not become the newest version of one whose head does.
     name = config.registered_model + ("" if head_trained else "-plain")
     document = {
+        "run_id": run.run_id or None,
         "registered_model": name,
         "run_name": prepared.run_name,
         "tracking_uri": without_password(prepared.tracking_uri)
@@ -104,7 +105,7 @@ def record(
         picture.savefig(folder / f"{picture_name}.png", dpi=120)
     run.tell_files(folder)
     model = run.new_folder()
-    registry.write_folder(
+    no_program = write_folder(
         model,
         weights=checkpoint / WEIGHTS,
         architecture=prepared.architecture,
@@ -113,7 +114,7 @@ def record(
         calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
     )
     run.tell_model(model, name, tags=headline_tags(document), description=shortened(card))
-    return document
+    return {**document, "no_program": no_program}
 
 
 def finish(
@@ -122,8 +123,8 @@ def finish(
     """Close the MLflow run; what can be said of it then, to be added to the run's document.
 
     Returns:
-        `run_id`, `model_uri`, `load` (the line that gives the model) and `waiting` (where records
-        wait that MLflow did not take); each is None where there is no such thing.
+        `model_uri`, `load` (the line that gives the model) and `waiting` (where records wait that
+        MLflow did not take); each is None where there is no such thing.
     """
     wait_seconds = prepared.config.tracking.wait_seconds
     versions, waiting = run.finish(watcher, wait_seconds=wait_seconds)
@@ -133,7 +134,6 @@ def finish(
     if not prepared.config.tracking.enabled and not prepared.storage.remote:
         load = prepared.storage.below(f"{prepared.run_name}/{MODEL}").path
     return {
-        "run_id": run.run_id or None,
         "model_uri": model_uri,
         "load": None if load is None else f"amint_ray.load({json.dumps(load)})",
         "waiting": None if waiting is None else str(waiting),

@@ -152,6 +152,10 @@ def run_training(
                     prepared, last, run, history=fitted.history, lost=fitted.lost
                 )
                 recorded = record.finish(prepared, document, run, watcher)
+            if document["no_program"] is not None:
+                watcher.notice(
+                    f"without amint_ray the model is of no use: {document['no_program']}"
+                )
     finish(asked, prepared.storage, prepared.run_name)
     flops = {
         "joint_step": prepared.flops.joint,

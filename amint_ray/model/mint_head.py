@@ -210,7 +210,8 @@ def _maps(activation: torch.Tensor, tap: Tap) -> torch.Tensor:
         return activation.permute(0, 3, 1, 2)
     own = activation[:, tap.prefix :]
     side = math.isqrt(own.shape[1])
-    return own.transpose(1, 2).reshape(len(own), -1, side, side)
+    # Not `len(own)`, which would tie an exported program to the rows it was exported with.
+    return own.transpose(1, 2).reshape(own.shape[0], -1, side, side)
 
 
 def _pool_to(tap: Tap, pool: int | None) -> int | None:

@@ -1,241 +1,190 @@
-"""The registered model: safetensors weights, JSON architecture, nothing that is pickled."""
+"""MLflow's registry: a model's folder goes there once, and comes back by its URI."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import shutil
-import sys
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
+import yaml
 
-from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError, first_line
-from amint_ray.evaluation.calibration import p_values
-from amint_ray.model.joint import Architecture, AuditedModel
+from amint_ray.tracking.folder import MLMODEL, digest, verify
 from amint_ray.tracking.run_log import tracking_uri, without_password
 
 if TYPE_CHECKING:
-    from mlflow.models import Model
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
 
-FLAVOR = "amint_ray"
-WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
-ARCHITECTURE, PREPROCESSING = "architecture.json", "preprocessing.json"
+    from amint_ray.tracking.registered import RegisteredModel
+
+DIGEST = "amint.sha256"
+"""Tag of a model and of its versions: the folder's `digest`."""
+_LOGGED = "model"
+"""The logged model's name, as in `runs:/RUN_ID/model`."""
+_LISTED = 20
+"""Names that a message tells at most."""
+_FORMS = "models:/NAME/VERSION, models:/NAME@ALIAS, runs:/RUN_ID/model or a folder"
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pixels become the backbone's input.
+def check_name(name: str) -> None:
+    """See that MLflow takes a registered model's name.
 
-    Attributes:
-        mean: subtracted from pixels in [0, 1].
-        std: what is left is divided by it.
-        class_names: one name a task logit.
-        resize: how images of another size were brought to the input size, in words.
+    Raises:
+        UserError: it does not.
     """
-
-    mean: float
-    std: float
-    class_names: tuple[str, ...]
-    resize: str
-
-
-_PREPROCESSING = TypeAdapter(Preprocessing)
-
-
-class Answer(NamedTuple):
-    """What an audited model says of n images.
-
-    Attributes:
-        task_logits: (n, num_classes) float32.
-        membership_scores: (n,) float32 logits of the MINT head; larger means "more likely a
-            member". What a score is worth says `RegisteredModel.p_values`.
-    """
-
-    task_logits: torch.Tensor
-    membership_scores: torch.Tensor
-
-
-class RegisteredModel:
-    """An audited model with its preprocessing and its calibration scores.
-
-    Attributes:
-        model: the `AuditedModel`, in evaluation mode.
-        preprocessing: from pixels to the backbone's input, and what its classes are called.
-        calibration: (m,) sorted scores of images that were not trained on.
-    """
-
-    def __init__(
-        self,
-        model: AuditedModel,
-        preprocessing: Preprocessing,
-        calibration: npt.NDArray[np.float64],
-    ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.preprocessing = preprocessing
-        self.calibration = calibration
-        # The taps hand over through the model; two passes at once would mix their images up.
-        self._one_at_a_time = threading.Lock()
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        images: torch.Tensor | npt.NDArray[Any],
-        labels: torch.Tensor | npt.NDArray[Any] | None = None,
-    ) -> Answer:
-        """Task logits and membership scores.
-
-        Args:
-            images: (n, channels, height, width) pixels at the model's input size, either uint8 from
-                0 to 255 or floating point from 0 to 1. Normalisation is the model's business.
-            labels: (n,) class indices; needed where `needs_labels`, ignored elsewhere.
-
-        Raises:
-            UserError: another shape, type or range, or labels are missing.
-        """
-        try:
-            batch = torch.as_tensor(images)
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"images are no array: {first_line(error)}") from error
-        expected = self.model.architecture.input_shape
-        if batch.ndim != 4 or tuple(batch.shape[1:]) != expected:
-            raise UserError(
-                f"images have shape {tuple(batch.shape)}; this model takes (n, "
-                f"{', '.join(map(str, expected))})"
-            )
-        if batch.dtype == torch.uint8:
-            pixels = batch.float() / 255
-        elif batch.is_floating_point():
-            pixels = batch.float()
-            if len(batch) and not (pixels.min() >= 0 and pixels.max() <= 1):
-                raise UserError(
-                    "floating-point images must hold pixels from 0 to 1, not normalised ones"
-                )
-        else:
-            raise UserError(f"images are {batch.dtype}; give uint8 or floating point")
-        pixels = pixels.to(next(self.model.parameters()).device)
-        normalised = (pixels - self.preprocessing.mean) / self.preprocessing.std
-        classes = self._checked(labels, len(batch)) if self.needs_labels else None
-        with self._one_at_a_time:
-            logits, membership = self.model(normalised, labels=classes)
-        return Answer(logits, membership)
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the MINT head reads the task loss, and so must be told the classes."""
-        return "loss" in self.model.architecture.head.inputs
-
-    def _checked(self, labels: torch.Tensor | npt.NDArray[Any] | None, rows: int) -> torch.Tensor:
-        """Labels as the head takes them."""
-        if labels is None:
-            raise UserError(
-                "this model's MINT head reads the task loss (mint.inputs): give the labels, (n,) "
-                "class indices, beside the images"
-            )
-        classes = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
-        known = self.model.architecture.num_classes
-        if classes.shape != (rows,) or classes.dtype.kind not in "iu":
-            raise UserError(
-                f"labels are {classes.dtype} of shape {classes.shape}; give ({rows},) integers"
-            )
-        if rows and not (classes.min() >= 0 and classes.max() < known):
-            raise UserError(f"labels must be class indices from 0 to {known - 1}")
-        device = next(self.model.parameters()).device
-        return torch.from_numpy(classes.astype(np.int64)).to(device)
-
-    def p_values(self, membership_scores: torch.Tensor) -> npt.NDArray[np.float64]:
-        """Conformal p-value of each score against the stored calibration scores.
-
-        For an image from the same source as the training data that was not trained on, P(p ≤ α) ≤ α
-        on average over draws of the calibration set; with few calibration images the rate of a
-        given model may lie well above or below. A small p-value says "trained on"; a large one
-        says nothing, since training images withheld from the MINT head look like strangers.
-
-        Raises:
-            UserError: the model was trained without its head.
-        """
-        if len(self.calibration) == 0:
-            raise UserError("the MINT head of this model was not trained (loss.lambda_mint = 0)")
-        return p_values(membership_scores.double().cpu().numpy(), self.calibration)
-
-
-def write_folder(
-    folder: Path,
-    *,
-    weights: Path,
-    architecture: Architecture,
-    data: Data,
-    class_names: Sequence[str],
-    calibration: npt.NDArray[np.float64],
-) -> str | None:
-    """Write a model folder."""
-    shutil.copy(weights, folder / WEIGHTS)
-    (folder / ARCHITECTURE).write_text(architecture.to_json())
-    side = math.floor(data.image_size / data.crop_pct)
-    resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
-    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names), resize)
-    (folder / PREPROCESSING).write_bytes(_PREPROCESSING.dump_json(preprocessing, indent=2))
-    scores = torch.from_numpy(np.sort(calibration))
-    save_file({"membership_scores": scores}, folder / CALIBRATION)
-    return None
-
-
-def save_model(path: str, mlflow_model: Model, *, folder: Path) -> None:
-    """Interim."""
-    from mlflow import pyfunc
-
-    shutil.copytree(folder, path)
-    mlflow_model.add_flavor(FLAVOR, weights=WEIGHTS, architecture=ARCHITECTURE)
-    pyfunc.add_to_model(mlflow_model, loader_module="amint_ray.tracking.registry")
-    mlflow_model.save(str(Path(path) / "MLmodel"))
+    if not name.strip() or re.search(r"[/:%'\"]", name) or name in (".", ".."):
+        raise UserError(
+            f"{name!r} cannot be a registered model's name: MLflow takes none that is empty or has "
+            "one of / : % ' \" in it"
+        )
 
 
 def register(
     folder: Path, name: str, *, run_id: str, tags: Mapping[str, str], description: str
 ) -> str:
-    """Interim."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
+    """Send a model's folder to MLflow and register it as the next version of `name`.
 
-    info = Model.log(
-        artifact_path=None, name="model", flavor=sys.modules[__name__], run_id=run_id, folder=folder
-    )
+    Called again for the same run and name, after a failure at any point or none, it goes on where
+    it was: it makes no second version, and of the same folder no second copy.
+
+    Args:
+        folder: that `folder.write_folder` wrote; its `MLmodel` is told the id that MLflow gives.
+        name: of the registered model.
+        run_id: of the MLflow run that trained it.
+        tags: of the version.
+        description: of the version, Markdown.
+
+    Returns:
+        The version's number.
+
+    Raises:
+        UserError: MLflow takes no such name, or the folder is not as it was written.
+        Exception: MLflow's, the network's or the disk's, after which it can be called again.
+    """
+    from mlflow import MlflowClient
+
+    check_name(name)
+    verify(folder, where=str(folder))
     client = MlflowClient()
-    with contextlib.suppress(MlflowException):
+    version = _version_of_run(client, name, run_id)
+    if version is None:
+        model_id = _send(client, folder, run_id)
+        _make_name(client, name)
+        client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=run_id,
+            model_id=model_id,
+            tags={**tags, DIGEST: digest(folder)},
+            description=description,
+        )
+        # Where an answer is lost, MLflow's client asks again and there are two: the first counts.
+        version = _version_of_run(client, name, run_id)
+        assert version is not None
+    number = str(version.version)
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(name, number, key, value)
+    if version.description != description:
+        client.update_model_version(name, number, description)
+    return number
+
+
+def _version_of_run(client: MlflowClient, name: str, run_id: str) -> ModelVersion | None:
+    """The first version that a run made; later ones, made by accident, are deleted."""
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    first, *others = sorted(found, key=lambda version: int(version.version)) or [None]
+    for other in others:
+        client.delete_model_version(name, str(other.version))
+    return first
+
+
+def _make_name(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException):  # it is there; if not, the next call says why
         client.create_registered_model(name)
-    version = client.create_model_version(
-        name,
-        source=info.model_uri,
-        run_id=run_id,
-        model_id=info.model_id,
-        tags=dict(tags),
-        description=description,
+
+
+def _send(client: MlflowClient, folder: Path, run_id: str) -> str:
+    """Have MLflow keep a folder as a model of a run; its id.
+
+    One that was sent before is used again; one that was half sent is completed.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    run = client.get_run(run_id)
+    mark = digest(folder)
+    found = _sent(client, run.info.experiment_id, run_id)
+    same = [model for model in found if model.tags[DIGEST] == mark]
+    whole = [model for model in same if model.status == LoggedModelStatus.READY]
+    if whole:
+        return str(whole[0].model_id)
+    if not same:
+        client.create_logged_model(
+            run.info.experiment_id,
+            name=_LOGGED,
+            source_run_id=run_id,
+            tags={DIGEST: mark},
+            params=run.data.params,
+        )
+        found = _sent(client, run.info.experiment_id, run_id)  # two, if an answer was lost
+        same = [model for model in found if model.tags[DIGEST] == mark]
+    model = same[0]
+    for other in found:
+        if other.status != LoggedModelStatus.READY and other.model_id != model.model_id:
+            client.delete_logged_model(other.model_id)
+    _tell_id(folder, model, run_id)
+    client.log_model_artifacts(model.model_id, str(folder))
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if model.model_id not in [output.model_id for output in outputs]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return str(model.model_id)
+
+
+def _sent(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel]:
+    """Our models of a run, whole or not, the oldest first."""
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    return sorted(
+        (model for model in found if DIGEST in model.tags),
+        key=lambda model: (model.creation_timestamp, model.model_id),
     )
-    return str(version.version)
+
+
+def _tell_id(folder: Path, model: LoggedModel, run_id: str) -> None:
+    """Write into a folder's `MLmodel` what MLflow calls the model; the file is always whole."""
+    described: dict[str, Any] = yaml.safe_load((folder / MLMODEL).read_text(encoding="utf-8"))
+    described |= {
+        "artifact_path": model.artifact_location,
+        "model_id": model.model_id,
+        "model_uuid": model.model_id,
+        "run_id": run_id,
+    }
+    draft = folder.with_name(f".{folder.name}.{MLMODEL}")
+    draft.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
+    draft.replace(folder / MLMODEL)
 
 
 def load(uri: str) -> RegisteredModel:
-    """Load a model that `amint train` registered.
+    """Load a model that `amint train` registered; no code and no pickle of it is read.
 
     Args:
         uri: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/RUN_ID/model`, or a local folder.
 
     Raises:
-        UserError: there is no such model, or it is not one of ours.
+        UserError: there is no such model, or its files are not those that were registered.
     """
     if Path(uri).is_dir():
-        return read_model(Path(uri))
+        return _read(Path(uri), uri, None)
+    if re.match(r"(models|runs|mlflow-artifacts|s3|gs|file|https?):/", uri) is None:
+        raise UserError(f"{uri}: neither a model's URI nor a folder; give {_FORMS}")
     import mlflow
 
     if not os.environ.get("MLFLOW_TRACKING_URI") and not mlflow.is_tracking_uri_set():
@@ -245,49 +194,81 @@ def load(uri: str) -> RegisteredModel:
                 "or set MLFLOW_TRACKING_URI (sqlite:////absolute/path/mlflow.db, http://…)"
             )
         mlflow.set_tracking_uri(tracking_uri())
+    with tempfile.TemporaryDirectory(prefix="amint-model-") as own:
+        try:
+            exact, expected = _found(mlflow.MlflowClient(), uri)
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=own)
+        except UserError:
+            raise
+        except Exception as error:  # MLflow's, the network's, a URI that is none
+            where = without_password(mlflow.get_tracking_uri())
+            raise UserError(f"{uri}: cannot be loaded from {where}: {first_line(error)}") from error
+        return _read(Path(folder), uri, expected)
+
+
+def _read(folder: Path, uri: str, expected: str | None) -> RegisteredModel:
+    from amint_ray.tracking.registered import read_model  # torch and timm take seconds
+
+    return read_model(folder, where=uri, expected=expected)
+
+
+def _found(client: MlflowClient, uri: str) -> tuple[str, str | None]:
+    """What to fetch (an alias may move meanwhile), and the digest that the registry knows of it."""
+    if not uri.startswith("models:/"):
+        return uri, None
+    if re.fullmatch(r"models:/m-[0-9a-f]{32}", uri):
+        return uri, client.get_logged_model(uri.removeprefix("models:/")).tags.get(DIGEST)
+    asked = re.fullmatch(r"models:/([^/@]+)(?:/([^/@]+)|@([^/@]+))", uri)
+    if asked is None:
+        raise UserError(f"{uri}: no URI of a model, whose name has no slash; give {_FORMS}")
+    name, number, alias = asked.groups()
+    version = (
+        _by_alias(client, uri, name, alias) if alias else _by_number(client, uri, name, number)
+    )
+    return f"models:/{name}/{version.version}", version.tags.get(DIGEST)
+
+
+def _by_alias(client: MlflowClient, uri: str, name: str, alias: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    aliases = _registered(client, uri, name).aliases
+    if alias not in aliases:
+        raise UserError(f"{uri}: {name} has no alias {alias!r}; it has {_listed(aliases)}")
     try:
-        folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
-    except Exception as error:  # MLflow's, the network's, a URI that is none
-        where = without_password(mlflow.get_tracking_uri())
-        raise UserError(f"{uri}: cannot be loaded from {where}: {first_line(error)}") from error
-    return read_model(Path(folder))
-
-
-def read_model(folder: Path) -> RegisteredModel:
-    """Build the model from its folder; only JSON and safetensors are read.
-
-    Raises:
-        UserError: a file is missing or is not what it should be.
-    """
-    try:
-        architecture = Architecture.from_json((folder / ARCHITECTURE).read_text())
-        preprocessing = _PREPROCESSING.validate_json((folder / PREPROCESSING).read_text())
-        model = AuditedModel(architecture)
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        calibration = load_file(folder / CALIBRATION)["membership_scores"].numpy()
-        return RegisteredModel(model, preprocessing, calibration)
-    except Exception as error:  # whatever a damaged or altered file leads to
+        return client.get_model_version(name, aliases[alias])
+    except MlflowException as error:
         raise UserError(
-            f"{folder}: not a model that amint_ray registered: {first_line(error)}"
+            f"{uri}: the alias names version {aliases[alias]}, which was deleted"
         ) from error
 
 
-class _PyFunc:
-    """What `mlflow.pyfunc.load_model` calls."""
-
-    def __init__(self, model: RegisteredModel) -> None:
-        self._model = model
-
-    def predict(
-        self,
-        model_input: npt.NDArray[np.uint8] | dict[str, npt.NDArray[Any]],
-        params: dict[str, Any] | None = None,
-    ) -> dict[str, npt.NDArray[np.float32]]:
-        """Both outputs by name. The signature names its inputs, so MLflow may pass a dict."""
-        named = model_input if isinstance(model_input, dict) else {"images": model_input}
-        answer = self._model(named["images"], named.get("labels"))
-        return {name: value.cpu().numpy() for name, value in answer._asdict().items()}
+def _by_number(client: MlflowClient, uri: str, name: str, number: str) -> ModelVersion:
+    _registered(client, uri, name)
+    versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
+    if number == "latest" and versions:
+        return versions[max(versions, key=int)]
+    if number not in versions:
+        there = sorted(versions, key=int, reverse=True)
+        raise UserError(f"{uri}: {name} has no version {number}; it has {_listed(there)}")
+    return versions[number]
 
 
-def _load_pyfunc(path: str) -> _PyFunc:
-    return _PyFunc(read_model(Path(path)))
+def _registered(client: MlflowClient, uri: str, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    check_name(name)
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [model.name for model in client.search_registered_models(max_results=_LISTED + 1)]
+        raise UserError(
+            f"{uri}: no model is registered as {name!r}; registered are {_listed(names)}"
+        ) from error
+
+
+def _listed(names: Any) -> str:
+    shown = list(names)
+    more = ", …" if len(shown) > _LISTED else ""
+    return ", ".join(shown[:_LISTED]) + more if shown else "none"

@@ -151,7 +151,8 @@ class Spool:
         """
         files = self.folder / _FILES
         files.mkdir(exist_ok=True)
-        number = 1 + max((int(path.name) for path in files.iterdir()), default=0)
+        taken = [int(path.name) for path in files.iterdir() if path.name.isdecimal()]
+        number = 1 + max(taken, default=0)
         folder = files / str(number)
         folder.mkdir()
         return folder
