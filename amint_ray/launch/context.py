@@ -8,6 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,15 @@ class RayContext:
         if self.rank == 0:
             self._sender.send(event)
 
-    @contextlib.contextmanager
-    def machine_watched(self, seconds: float) -> Iterator[None]:
-        """Tell every so many seconds what this machine does, one worker for all on it; 0: never."""
-        node = ray.train.get_context().get_node_rank()
+    def machine_watched(self, seconds: float) -> AbstractContextManager[None]:
+        """Tell every so many seconds what this machine and its GPUs do; 0: never."""
+        context = ray.train.get_context()
+        node = context.get_node_rank()
 
         def tell(values: Mapping[str, float]) -> None:
             self._sender.send({"phase": "machine", "node": node, "values": values})
 
-        if seconds and ray.train.get_context().get_local_rank() == 0:
-            with watched(seconds, tell):
-                yield
-        else:
-            yield
+        return watched(seconds, tell, device=self.device, local_rank=context.get_local_rank())
 
     def report(
         self,

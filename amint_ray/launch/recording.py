@@ -32,7 +32,15 @@ from amint_ray.tracking.run_log import (
     without_password,
 )
 from amint_ray.tracking.sending import Delivery, MLflowSender
-from amint_ray.tracking.spool import Spool, SpooledRun, last_told, metrics_told, newest_time
+from amint_ray.tracking.spool import (
+    InUseError,
+    NoSpoolError,
+    Spool,
+    SpooledRun,
+    last_told,
+    metrics_told,
+    newest_time,
+)
 from amint_ray.train.step import SUMS
 
 _SECONDS_TO_MARK = 30.0
@@ -69,7 +77,7 @@ class _Open:
         self._newest = max(run.started, newest_time(left))
         self._steps_per_point = steps_per_point
         self._point: list[Sequence[float]] = []
-        self.delivery = Delivery(spool, sender)
+        self.delivery = Delivery(spool, sender, to="MLflow" if run.run_id else "storage.path")
 
     def tell(self, kind: str, **fields: Any) -> None:
         self.spool.append({"kind": kind, **fields})
@@ -206,10 +214,13 @@ class Recording:
         Returns:
             The versions of the models that were registered, by name; and where records wait that
             MLflow did not take, if there are some.
+
+        Raises:
+            RunError: MLflow is told nothing, and storage does not take the files.
         """
         run = self._ask(_finished)
         self._ended = True
-        watcher.phase("recording: bringing it to MLflow")
+        watcher.phase("bringing what was recorded to its place")
         while run.spool.waiting() and run.delivery.failing[0] <= wait_seconds:
             watcher.heartbeat()
             self.check(watcher)
@@ -217,9 +228,11 @@ class Recording:
         reason = run.delivery.failing[1]
         if run.close():
             return run.versions, None
+        if not run.run_id:
+            raise RunError(f"storage.path does not take the run's files: {reason}")
         watcher.notice(
-            f"WARNING: MLflow does not answer ({reason}): the model is trained and not yet "
-            f"registered; send what waits with `amint sync {run.spool.folder}`"
+            f"WARNING: MLflow did not take all records ({reason}): the model is trained and not "
+            f"yet registered; send what waits with `amint sync {run.spool.folder}`"
         )
         return run.versions, run.spool.folder
 
@@ -236,12 +249,15 @@ class Recording:
             run.tell("status", status=status, time=run.now())
         deadline = time.monotonic() + _SECONDS_TO_MARK
         while run.spool.waiting() and time.monotonic() < deadline:
+            if run.delivery.failing[0] > _SECONDS_TO_STOP:
+                break
             time.sleep(0.05)
         if run.close():
-            watcher.notice(f"MLflow run {run.run_id} is marked {status}")
-        else:
+            if run.run_id:
+                watcher.notice(f"MLflow run {run.run_id} is marked {status}")
+        elif run.run_id:
             watcher.notice(
-                f"MLflow does not answer: run {run.run_id} is not marked {status}; "
+                f"MLflow run {run.run_id} is not marked {status} ({run.delivery.failing[1]}); "
                 f"`amint sync {run.spool.folder}` sends what waits, and so does going on with it"
             )
 
@@ -292,6 +308,7 @@ def _stopped_by(watcher: Watcher) -> BaseException | None:
 def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> _Open:
     """The MLflow run; and, beside the checkpoints, what is needed to go on with it."""
     tracking, earlier = prepared.config.tracking, prepared.earlier
+    said: list[str] = []
     if tracking.enabled:
         run = open_run(
             prepared.tracking_uri,
@@ -299,6 +316,7 @@ def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> _Open:
             run_name=prepared.run_name,
             tags={**data_tags(prepared), **tags},
             resume=None if earlier is None else earlier.mlflow_run_id or None,
+            notice=said.append,
         )
     else:
         run = OpenedRun("", int(time.time() * 1000))
@@ -311,13 +329,18 @@ def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> _Open:
             settled=prepared.config.model_dump(mode="json"),
         ).write(prepared.storage)
     uri = without_password(prepared.tracking_uri)
-    spool = Spool(prepared.spool, SpooledRun(run.run_id, prepared.run_name, uri))
+    try:
+        spool = Spool(prepared.spool, SpooledRun(run.run_id, prepared.run_name, uri))
+    except (InUseError, NoSpoolError) as error:
+        raise UserError(f"tracking.spool: {error}; wait for it, or move the folder away") from error
     sender = (
         MLflowSender(prepared.tracking_uri, spool)
         if tracking.enabled
         else StorageSender(prepared.storage.below(prepared.run_name), spool)
     )
     opened = _Open(run, spool, sender, steps_per_point=tracking.steps_per_point)
+    for text in said:
+        opened.delivery.say(text)
     if run.resumed:
         opened.tell("status", status="RUNNING", time=opened.now())
         opened.tell("tags", values=dict(tags))

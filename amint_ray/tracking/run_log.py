@@ -185,9 +185,9 @@ def _create(
     run_name: str,
     tags: Mapping[str, str],
 ) -> OpenedRun:
-    parent = (
-        {"mlflow.parentRunId": config.tracking.parent_run} if config.tracking.parent_run else {}
-    )
+    parent = {}
+    if config.tracking.parent_run is not None:
+        parent = {"mlflow.parentRunId": client.get_run(config.tracking.parent_run).info.run_id}
     run = client.create_run(
         experiment,
         run_name=run_name,

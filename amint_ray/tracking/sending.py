@@ -132,14 +132,17 @@ class Delivery:
     What it meets is told by `news`, for whoever follows the run to read in a thread of his own.
     """
 
-    def __init__(self, spool: Spool, sender: Callable[[Sequence[Record]], int]) -> None:
+    def __init__(
+        self, spool: Spool, sender: Callable[[Sequence[Record]], int], *, to: str = "MLflow"
+    ) -> None:
         """Begin.
 
         Args:
             spool: its records.
             sender: sends the first of the records it is given, or more, and tells how many.
+            to: what news call the other end.
         """
-        self._spool, self._sender = spool, sender
+        self._spool, self._sender, self._to = spool, sender, to
         self._stop = threading.Event()
         self._news: list[str] = []
         self._failing_since: float | None = None
@@ -152,6 +155,10 @@ class Delivery:
         """For how many seconds nothing has arrived that was sent, and why."""
         since = self._failing_since
         return (0.0 if since is None else time.monotonic() - since), self._reason
+
+    def say(self, text: str) -> None:
+        """Add to the news."""
+        self._news.append(text)
 
     def news(self) -> Iterator[str]:
         """What happened since this was asked last."""
@@ -182,13 +189,13 @@ class Delivery:
             pause = _SHORTEST_PAUSE
             if self._failing_since is not None:
                 self._failing_since = None
-                self._news.append("MLflow takes records again")
+                self._news.append(f"{self._to} takes records again")
 
     def _failed(self, reason: str) -> None:
         self._reason = reason
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             self._news.append(
-                f"MLflow takes no records ({reason}); they wait in {self._spool.folder}, and the "
-                "run goes on"
+                f"{self._to} takes no records ({reason}); they wait in {self._spool.folder}, "
+                "and the run goes on"
             )

@@ -4,128 +4,78 @@ from __future__ import annotations
 
 import base64
 import http.server
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
-import torch
 
 import amint_ray
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
-from amint_ray.model.joint import AuditedModel, plan_architecture
-from amint_ray.tracking import registry
-from amint_ray.tracking.run_log import RunLog, check_tracking, tracking_uri, without_password
-from amint_ray.train.state import save_weights
+from amint_ray.tracking.run_log import (
+    EPOCH_METRIC,
+    STEP_METRIC,
+    check_tracking,
+    leaves,
+    open_run,
+    without_password,
+)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    uri = f"http://127.0.0.1:{free_port()}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", uri.rpartition(":")[2], "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"),
-        ],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-@pytest.mark.slow
-def test_a_run_and_its_model_go_through_a_server(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_opened_in_a_file_and_found_again(tmp_path: Path) -> None:
     import mlflow
+    from mlflow.entities import Metric
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    assert tracking_uri() == server
-    check_tracking(server)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = load_config("digits")
-    log = RunLog(server, config, run_name="a run", tags={"amint.manifest_fingerprint": "f"})
-    for epoch in (1, 2):
-        log.log_epoch({"epoch": epoch, "train/task_loss": 1 / epoch})
-    log.log_figures(
-        {"task": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}}, "confidence": 0.95},
-        step=2,
+    search = open_run(uri, config, run_name="a search", tags={})
+    below = load_config("digits", [f"tracking.parent_run={search.run_id}"])
+    opened = open_run(uri, below, run_name="a run", tags={"amint.manifest_fingerprint": "f"})
+    assert (opened.resumed, opened.last_epoch, opened.last_step) == (False, 0, 0)
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(opened.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.info.run_name == "a run"
+    assert run.data.tags["amint.manifest_fingerprint"] == "f"
+    assert run.data.tags["mlflow.parentRunId"] == search.run_id
+    assert run.data.params["loss.lambda_mint"] == str(config.loss.lambda_mint)
+    shown = client.search_runs(
+        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{search.run_id}'"
     )
-    architecture = plan_architecture(config, 10)
-    model = AuditedModel(architecture).eval()
-    save_weights(model, tmp_path / "w.safetensors")
-    calibration = np.linspace(-1, 1, 19)
-    for expected in ("1", "2"):
-        version = registry.register(
-            "amint-digits",
-            run_id=log.run_id,
-            weights=tmp_path / "w.safetensors",
-            architecture=architecture,
-            data=config.data,
-            class_names=[str(c) for c in range(10)],
-            calibration=calibration,
-        )
-        assert version == expected
-    log.end("FINISHED")
+    assert [each.info.run_id for each in shown] == [opened.run_id]
+    points = [Metric(EPOCH_METRIC, 0.5, 1, 3), Metric(STEP_METRIC, 0.5, 1, 24)]
+    client.log_batch(opened.run_id, metrics=points)
+    again = open_run(uri, below, run_name="a run", tags={}, resume=opened.run_id)
+    assert (again.run_id, again.resumed) == (opened.run_id, True)
+    assert (again.last_epoch, again.last_step) == (3, 24)
+    assert again.metrics == {EPOCH_METRIC, STEP_METRIC}
+    client.delete_run(opened.run_id)
+    said: list[str] = []
+    new = open_run(uri, config, run_name="a run", tags={}, resume=opened.run_id, notice=said.append)
+    assert new.run_id != opened.run_id
+    assert said == [f"MLflow run {opened.run_id} is gone; a new one takes its place"]
 
-    client = mlflow.MlflowClient(server)
-    run = client.get_run(log.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics == {
-        "train/task_loss": 0.5,
+
+def test_a_run_below_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = load_config("digits", ["tracking.parent_run=" + "0" * 32])
+    with pytest.raises(UserError, match="takes no run: .*" + "0" * 32):
+        open_run(uri, config, run_name="a run", tags={})
+
+
+def test_the_leaves_of_a_document() -> None:
+    document = {
+        "task": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}},
+        "membership": {"member": {"auc": {"value": None, "low": None, "high": None}}},
+        "confidence": 0.95,
+    }
+    assert leaves(document) == {
         "task.accuracy": 0.5,
         "task.accuracy.low": 0.25,
         "task.accuracy.high": 0.75,
     }
-    losses = client.get_metric_history(log.run_id, "train/task_loss")
-    assert [(point.step, point.value) for point in losses] == [(1, 1.0), (2, 0.5)]
-    logged = client.search_logged_models([run.info.experiment_id])
-    assert len(logged) == 2  # beside their run, not in the default experiment
-    client.set_registered_model_alias("amint-digits", "champion", "2")
-    images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
-    with torch.inference_mode():
-        logits, membership = model((torch.from_numpy(images).float() / 255 - 0.5) / 0.5)
-    for uri in ("models:/amint-digits/1", "models:/amint-digits@champion"):
-        loaded = amint_ray.load(uri)
-        answer = loaded(images)
-        torch.testing.assert_close(answer.task_logits, logits)
-        torch.testing.assert_close(answer.membership_scores, membership)
-        assert loaded.calibration.tolist() == calibration.tolist()
-    with pytest.raises(UserError, match="models:/amint-digits/9"):
-        amint_ray.load("models:/amint-digits/9")
 
 
 class _Guarded(http.server.BaseHTTPRequestHandler):
@@ -177,7 +127,7 @@ def test_a_database_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     path.write_text("this is no database, and long enough to be read as one" * 40)
     with pytest.raises(UserError, match="takes no run") as caught:
-        RunLog(f"sqlite:///{path}", load_config("digits"), run_name="r", tags={})
+        open_run(f"sqlite:///{path}", load_config("digits"), run_name="r", tags={})
     assert "\n" not in str(caught.value)
 
 
