@@ -163,7 +163,7 @@ def promote(
     present = None if previous is None else versions.get(previous)  # deleted in this moment
     reasons, notes = judge(versions[number], present, other_data)
     if present is None:
-        notes.append(f"no version is {alias} yet: there is nothing to compare with")
+        notes.append(f"no version was {alias} to compare with")
     if not reasons:
         try:
             asking(client.set_registered_model_alias, name, alias, number)

@@ -19,13 +19,22 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from tracking.documents import a_document
 
 import amint_ray
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
+from amint_ray.launch.reproduce import fetch
 from amint_ray.model.joint import AuditedModel, plan_architecture
 from amint_ray.tracking import registry
+from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import RunLog, check_tracking, tracking_uri, without_password
+from amint_ray.tracking.versions import (
+    describe_version,
+    list_versions,
+    mark_challenger,
+    promote,
+)
 from amint_ray.train.state import save_weights
 
 
@@ -126,6 +135,39 @@ def test_a_run_and_its_model_go_through_a_server(
         assert loaded.calibration.tolist() == calibration.tolist()
     with pytest.raises(UserError, match="models:/amint-digits/9"):
         amint_ray.load("models:/amint-digits/9")
+
+
+@pytest.mark.slow
+def test_versions_and_a_run_to_reproduce_are_read_from_a_server(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    config = load_config("digits")
+    log = RunLog(server, config, run_name="r", tags={"amint.manifest_fingerprint": "f" * 64})
+    accuracy = {"value": 0.5, "low": 0.25, "high": 0.75}
+    log.log_figures({"task": {"accuracy": accuracy}}, step=1)
+    log.end("FINISHED")
+    client = mlflow.MlflowClient(server)
+    client.create_registered_model("ordered")
+    described = headline_tags(a_document())
+    for version in ("1", "2"):
+        client.create_model_version("ordered", f"runs:/{log.run_id}/model", log.run_id)
+        describe_version("ordered", version, tags=described, description="# A card\n")
+        assert mark_challenger("ordered", version)
+    assert client.get_model_version("ordered", "2").description == "# A card\n"
+    assert promote("ordered", "1")["promoted"] and promote("ordered", "2")["promoted"]
+    newest, oldest = list_versions("ordered")
+    assert newest["aliases"] == ["challenger", "champion"] and oldest["aliases"] == []
+    assert newest["figures"]["task_accuracy"] == a_document()["task"]["accuracy"]
+    with pytest.raises(UserError, match="no version '9'; there are 2, 1"):
+        promote("ordered", "9")
+    earlier = fetch(client, log.run_id, ["storage.path=elsewhere"])
+    assert earlier.config == load_config("digits", ["storage.path=elsewhere"])
+    assert earlier.metrics["task.accuracy"] == 0.5 and earlier.fingerprint == "f" * 64
+    with pytest.raises(UserError, match="there is no run"):
+        fetch(client, "0" * 32, [])
 
 
 class _Guarded(http.server.BaseHTTPRequestHandler):
