@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -227,30 +228,38 @@ def print_versions(versions: Sequence[Mapping[str, Any]], console: Console) -> N
     if not versions:
         console.print("no model of amint_ray is registered here", highlight=False)
         return
-    table = Table()
-    headings = {"model": "left", "version": "right", "aliases": "left"}
     figures = {
-        "task_accuracy": "task accuracy",
-        "member_auc": "AUC, member",
-        "member_tpr_at_fpr_1pct": "TPR at 1 % FPR",
-        "withheld_auc": "AUC, withheld",
+        "task accuracy": "task_accuracy",
+        "member: AUC": "member_auc",
+        "TPR at 1 % FPR": "member_tpr_at_fpr_1pct",
+        "withheld: AUC": "withheld_auc",
     }
-    headings |= dict.fromkeys(figures.values(), "right")
-    headings |= dict.fromkeys(("confounders", "run", "registered"), "left")
-    for heading, side in headings.items():
-        table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
     clean = {True: "clean", False: "CONFOUNDED", None: "not known"}
-    for version in versions:
-        table.add_row(
-            version["name"],
-            str(version["version"]),
-            ", ".join(version["aliases"]),
-            *(interval(version["figures"][key]) for key in figures),
-            clean[version["confounders_clean"]],
-            version["run_id"],
-            version["registered"][:10],
-        )
-    console.print(table)
+    for name in dict.fromkeys(version["name"] for version in versions):
+        table = Table(title=escape(name), title_justify="left")
+        for heading in ("version", *figures, "confounders", "aliases"):
+            right = heading == "version" or heading in figures
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        lines = []
+        for version in versions:
+            if version["name"] != name:
+                continue
+            table.add_row(
+                str(version["version"]),
+                *(
+                    interval(version["figures"][key]).replace(" ", "\n", 1)
+                    for key in figures.values()
+                ),
+                clean[version["confounders_clean"]],
+                ", ".join(version["aliases"]),
+            )
+            ready = "" if version["status"] == "READY" else f", {version['status']}"
+            lines.append(
+                f"{version['version']:>9}  run {version['run_id']}, {version['registered']}{ready}"
+            )
+        console.print(table)
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_promotion(document: Mapping[str, Any], console: Console) -> None:

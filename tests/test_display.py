@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from amint_ray.display import LiveDisplay, PlainDisplay
-from amint_ray.tables import interval, print_data, print_result
+from amint_ray.tables import interval, print_data, print_reproduced, print_result
 
 EPOCH = {"phase": "epoch", "epoch": 3, "train/task_loss": 0.5, "train/mint_loss": 0.25}
 STEP = {"phase": "train", "epoch": 3, "epochs": 8, "step": 30, "steps": 80}
@@ -153,6 +153,39 @@ def test_what_is_in_a_source_is_shown_with_the_reasons_of_what_is_not() -> None:
         "is empty: 0.jpg, 1.jpg, 2.jpg and 2 more",
     ):
         assert part in out.getvalue()
+
+
+def test_a_reproduced_run_shows_each_difference_and_the_verdict() -> None:
+    metric = {"old": 0.9, "new": 0.79, "difference": -0.11, "inside_interval": False}
+    document = {
+        "run_id": "a" * 32,
+        "reproduced_run_id": "b" * 32,
+        "metrics": {
+            "task.accuracy": metric,
+            "auc": metric | {"new": 0.88, "difference": -0.02, "inside_interval": True},
+            "loss": metric | {"new": 0.9, "difference": 0.0, "inside_interval": None},
+            "gone": metric | {"new": None, "difference": None, "inside_interval": None},
+        },
+        "same_commit": False,
+        "same_versions": None,
+        "same_data": True,
+        "verdict": "outside",
+        "model_uri": "models:/m/2",
+    }
+    out = io.StringIO()
+    print_reproduced(document, Console(file=out, width=120))
+    lines = [line.replace("│", " ").split() for line in out.getvalue().splitlines()]
+    for cells in (
+        "task.accuracy 0.9 0.79 -0.11 OUTSIDE the interval",
+        "auc 0.9 0.88 -0.02 within the interval",
+        "loss 0.9 0.9 0 equal",
+        "gone 0.9 – –",
+        "verdict NOT reproduced: a figure is outside the old one's interval",
+        "code others",
+        "packages not known",
+        "images and roles the same",
+    ):
+        assert cells.split() in lines
 
 
 def test_a_figure_without_value_is_a_dash() -> None:

@@ -102,4 +102,4 @@ def told(figure: Figure) -> str:
     """`value [low, high]`; with so many digits that a difference which decides can be seen."""
     low, high = figure["low"], figure["high"]
     limits = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-    return f"{figure['value']:.4f}{limits}"
+    return f"{figure['value']:.6g}{limits}"

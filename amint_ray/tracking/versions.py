@@ -163,7 +163,7 @@ def promote(
     present = None if previous is None else versions.get(previous)  # deleted in this moment
     reasons, notes = judge(versions[number], present, other_data)
     if present is None:
-        notes.append(f"no version is {alias} yet: there is nothing to compare with")
+        notes.append(f"no version was {alias} to compare with")
     if not reasons:
         try:
             asking(client.set_registered_model_alias, name, alias, number)
@@ -209,10 +209,10 @@ def judge(
             f"data: version {version.version} was measured on other images or roles than version "
             f"{holder.version} (manifest {ours[:12]}, {theirs[:12]})"
         )
-        if other_data:
-            notes.append(f"{text}; compared all the same")
-        else:
+        if not other_data:
             reasons.append(f"{text}; --other-data compares them all the same")
+            return reasons, notes
+        notes.append(f"{text}; compared all the same")
     for key in _GATE:
         label = FIGURES[key][0]
         new, old = (read_figure(key, one.tags) for one in (version, holder))

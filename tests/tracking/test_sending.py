@@ -11,14 +11,18 @@ import mlflow
 import pytest
 from launch.silent import Silent
 from mlflow.entities import Run
+from tracking.documents import a_document
 from tracking.mlflow_server import MlflowServer, door
 
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
+from amint_ray.launch.reproduce import fetch
+from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import open_run
 from amint_ray.tracking.sending import Delivery, MLflowSender
 from amint_ray.tracking.spool import Record, Spool, SpooledRun
 from amint_ray.tracking.sync import sync
+from amint_ray.tracking.versions import list_versions, mark_challenger, promote
 
 pytestmark = pytest.mark.slow
 
@@ -194,3 +198,37 @@ def test_what_the_server_refuses_stays_and_is_named(
     assert sync([folder], Silent())["left"] == 0
     with pytest.raises(UserError, match="there is no folder"):
         sync([folder], Silent())
+
+
+def test_versions_and_a_run_to_reproduce_are_read_from_a_server(
+    server: MlflowServer, new_spool: Callable[[], Spool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    spool = new_spool()
+    run_id = spool.run.run_id
+    spool.append({"kind": "metrics", "time": 1, "step": 1, "values": {"task.accuracy": 0.5}})
+    fingerprint = {"amint.manifest_fingerprint": "f" * 64}
+    spool.append({"kind": "tags", "values": fingerprint})
+    spool.append({"kind": "status", "status": "FINISHED", "time": 4 * 10**12})
+    sender = MLflowSender(server.uri, spool)
+    for _ in range(3):
+        spool.sent(sender(spool.waiting()))
+    client = mlflow.MlflowClient(server.uri)
+    client.create_registered_model("ordered")
+    described = headline_tags(a_document())
+    for version in ("1", "2"):
+        client.create_model_version(
+            "ordered", f"runs:/{run_id}/model", run_id, tags=described, description="# A card\n"
+        )
+        assert mark_challenger(client, "ordered", version)
+    assert promote("ordered", "1")["promoted"] and promote("ordered", "2")["promoted"]
+    newest, oldest = list_versions("ordered")
+    assert newest["aliases"] == ["challenger", "champion"] and oldest["aliases"] == []
+    assert newest["figures"]["task_accuracy"] == a_document()["task"]["accuracy"]
+    with pytest.raises(UserError, match="no version '9'; there are 2, 1"):
+        promote("ordered", "9")
+    earlier = fetch(client, run_id, ["storage.path=elsewhere"])
+    assert earlier.config == load_config("digits", ["storage.path=elsewhere"])
+    assert earlier.metrics["task.accuracy"] == 0.5 and earlier.fingerprint == "f" * 64
+    with pytest.raises(UserError, match="there is no run"):
+        fetch(client, "0" * 32, [])
