@@ -60,8 +60,8 @@ def test_a_run_is_opened_in_a_file_and_found_again(tmp_path: Path) -> None:
 
 def test_a_run_below_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    config = load_config("digits", ["tracking.parent_run=" + "0" * 32])
-    with pytest.raises(UserError, match="takes no run: .*" + "0" * 32):
+    config = load_config("digits", ["tracking.parent_run=" + "a" * 32])
+    with pytest.raises(UserError, match="takes no run: .*" + "a" * 32):
         open_run(uri, config, run_name="a run", tags={})
 
 
