@@ -23,7 +23,7 @@ from infra.local.stack import LocalStack
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-EPOCHS = 600
+EPOCHS = 400
 SECONDS_AWAY = 60.0
 
 
