@@ -144,7 +144,10 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
 
     @torch.inference_mode()
     def predict(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+        self,
+        context: Any,
+        model_input: np.ndarray,  # type: ignore[type-arg]  # any other hint, and MLflow warns
+        params: dict[str, Any] | None = None,
     ) -> dict[str, npt.NDArray[Any]]:
         """What the model says of n images.
 
@@ -158,7 +161,8 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
             `class_probabilities` (n, classes) float32; `membership_score` (n,) float32, the head's
             logit; `p_value` (n,) float64, which a model without a trained head has not.
         """
-        given = model_input if isinstance(model_input, dict) else {"images": model_input}
+        asked: Any = model_input
+        given = asked if isinstance(asked, dict) else {"images": asked}
         inputs = [torch.from_numpy(np.array(given["images"], dtype=np.uint8))]
         if "labels" in given:
             inputs.append(torch.from_numpy(np.array(given["labels"], dtype=np.int64)))
