@@ -170,7 +170,9 @@ def test_a_reproduced_run_shows_each_difference_and_the_verdict() -> None:
         "same_versions": None,
         "same_data": True,
         "verdict": "outside",
-        "model_uri": "models:/m/2",
+        "workers": {"old": "2", "new": "1"},
+        "model_uri": None,
+        "waiting": "amint_runs/spool/x",
     }
     out = io.StringIO()
     print_reproduced(document, Console(file=out, width=120))
@@ -184,6 +186,8 @@ def test_a_reproduced_run_shows_each_difference_and_the_verdict() -> None:
         "code others",
         "packages not known",
         "images and roles the same",
+        "workers 2; now 1",
+        "not sent yet amint sync amint_runs/spool/x",
     ):
         assert cells.split() in lines
 

@@ -20,6 +20,7 @@ from amint_ray.data.memory import load_memory
 from amint_ray.data.roles import Manifest
 from amint_ray.data.sources import open_source
 from amint_ray.launch.reproduce import (
+    _outcome,
     check_overrides,
     check_same,
     compare,
@@ -187,6 +188,8 @@ def test_artifacts_that_are_missing_or_spoilt(
     assert "config.yaml is none that this version" in line and "loss.lambda_mynt" in line
     config.unlink()
     assert "config.yaml is missing" in refused(run_id)
+    untracked = refused(recorded.run(tmp_path, manifest), "tracking.enabled=false")
+    assert untracked.startswith("tracking.enabled=false")
 
 
 def test_other_data_are_refused_before_anything_is_trained(
@@ -285,6 +288,23 @@ def test_metrics_are_compared_with_their_intervals() -> None:
     assert found["train/task_loss"]["inside_interval"] is None
     assert found["train/mint_loss"]["difference"] == 0
     assert found["gone"]["difference"] is found["extra"]["difference"] is None
+
+
+def test_where_mlflow_has_gone_away_the_figures_are_compared(database: Recorded) -> None:
+    watcher = Silent()
+    again = {**FIGURES, "run_id": "0" * 32, "waiting": "amint_runs/spool/r", "workers": 1}
+    for waiting in ("amint_runs/spool/r", None):  # or it forgot the run
+        new, workers = _outcome(database.client, again | {"waiting": waiting}, watcher)
+        assert new == {
+            "task.accuracy": 0.9,
+            "task.accuracy.low": 0.8,
+            "task.accuracy.high": 0.95,
+            "membership.member.auc": 0.7,
+            "membership.member.auc.low": 0.6,
+            "membership.member.auc.high": 0.8,
+        }
+        assert workers == "1" and "figures alone" in watcher.notices[-1]
+    assert verdict(compare(new | {"train/task_loss": 0.5}, new)) == "inside"
 
 
 def test_the_verdict_follows_from_all_metrics() -> None:
