@@ -79,6 +79,7 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "tracking_uri": "sqlite:///mlflow.db",
         "model_uri": "models:/amint-digits/1",
         "load": 'amint_ray.load("models:/amint-digits/1")',
+        "waiting": None,
         "flops": {"joint_step": 3.2e9, "task_step": 2e9, "ratio": 1.6, "per_second": 6.4e10},
         "seconds": {"train": 1.0, "total": 2.0},
     }

@@ -225,7 +225,8 @@ def _read_config(run_id: str, file: Path | None, overrides: Sequence[str]) -> tu
             f"run {run_id}: its config.yaml is none that this version of amint_ray takes: "
             f"{first_line(error).replace(str(file), file.name)}"
         ) from error
-    return load_config(str(file), overrides), original
+    # It is no part of the search that the run may have been a part of.
+    return load_config(str(file), ["tracking.parent_run=null", *overrides]), original
 
 
 def _read_manifest(run_id: str, file: Path | None, tags: Mapping[str, str]) -> Manifest | None:

@@ -30,7 +30,7 @@ from amint_ray.launch.reproduce import (
     reproduce,
     verdict,
 )
-from amint_ray.tracking.run_log import RunLog, environment
+from amint_ray.tracking.run_log import environment, leaves, open_run
 
 FIGURES = {
     "task": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}},
@@ -57,15 +57,17 @@ class Recorded:
 
     def run(self, folder: Path, manifest: Manifest | None, *, status: str = "FINISHED") -> str:
         tags = {} if manifest is None else {"amint.manifest_fingerprint": manifest.fingerprint}
-        log = RunLog(self.uri, load_config("digits"), run_name="r", tags=tags)
-        log.log_epoch({"epoch": 1, "train/task_loss": 0.5, "train/steps_per_second": 9.0})
+        run_id = open_run(self.uri, load_config("digits"), run_name="r", tags=tags).run_id
+        metrics = {"train/task_loss": 0.5, "train/steps_per_second": 9.0}
         if manifest is not None:
             manifest.write(folder / "manifest.parquet")
-            self.client.log_artifact(log.run_id, str(folder / "manifest.parquet"))
-            log.log_figures(FIGURES, step=1)
+            self.client.log_artifact(run_id, str(folder / "manifest.parquet"))
+            metrics |= leaves(FIGURES)
+        for name, value in metrics.items():
+            self.client.log_metric(run_id, name, value, step=1)
         if status != "RUNNING":
-            self.client.set_terminated(log.run_id, status)
-        return log.run_id
+            self.client.set_terminated(run_id, status)
+        return run_id
 
     def artifact(self, run_id: str, name: str) -> Path:
         """Where it lies, to be spoilt."""
