@@ -302,8 +302,12 @@ def print_reproduced(document: Mapping[str, Any], console: Console) -> None:
         "code": told[document["same_commit"]],
         "packages": told[document["same_versions"]],
         "images and roles": told[document["same_data"]],
-        "registered model": document["model_uri"],
+        "workers": f"{document['workers']['old'] or 'not known'}; now {document['workers']['new']}",
     }
+    if document["model_uri"] is not None:
+        lines["registered model"] = document["model_uri"]
+    if document["waiting"] is not None:
+        lines["not sent yet"] = f"amint sync {document['waiting']}"
     for label, text in lines.items():
         console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
 

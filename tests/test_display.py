@@ -79,6 +79,7 @@ def test_result_shows_figures_intervals_and_how_to_load() -> None:
         "tracking_uri": "sqlite:///mlflow.db",
         "model_uri": "models:/amint-digits/1",
         "load": 'amint_ray.load("models:/amint-digits/1")',
+        "waiting": None,
         "flops": {"joint_step": 3.2e9, "task_step": 2e9, "ratio": 1.6, "per_second": 6.4e10},
         "seconds": {"train": 1.0, "total": 2.0},
     }
@@ -170,7 +171,9 @@ def test_a_reproduced_run_shows_each_difference_and_the_verdict() -> None:
         "same_versions": None,
         "same_data": True,
         "verdict": "outside",
-        "model_uri": "models:/m/2",
+        "workers": {"old": "2", "new": "1"},
+        "model_uri": None,
+        "waiting": "amint_runs/spool/x",
     }
     out = io.StringIO()
     print_reproduced(document, Console(file=out, width=120))
@@ -184,6 +187,8 @@ def test_a_reproduced_run_shows_each_difference_and_the_verdict() -> None:
         "code others",
         "packages not known",
         "images and roles the same",
+        "workers 2; now 1",
+        "not sent yet amint sync amint_runs/spool/x",
     ):
         assert cells.split() in lines
 

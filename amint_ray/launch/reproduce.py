@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from amint_ray.config.load import ELSEWHERE, HARMLESS, fingerprint, load_config
 from amint_ray.config.schema import Config
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.contracts import UserError, Watcher, first_line
 from amint_ray.data.roles import Manifest
 from amint_ray.tracking import run_log
 from amint_ray.tracking.versions import asking, open_mlflow
@@ -26,6 +26,7 @@ MAY_DIFFER = tuple(key for key in HARMLESS if key != "evaluation")
 how they are measured."""
 _FIGURE = "task.accuracy"
 """Which every run has that came to its end."""
+_WORKERS = "amint.workers"
 _COMMIT, _CLEAN = "mlflow.source.git.commit", "amint.git_clean"
 
 
@@ -67,7 +68,8 @@ def reproduce(
         verbose: let Ray talk.
 
     Returns:
-        `run_id`, `reproduced_run_id`, `model_uri`; `same_commit`, `same_versions` (None: not
+        `run_id`, `reproduced_run_id`, `model_uri` and `waiting` (as `run_training` has them: MLflow
+        may have gone away); `workers` (`old`, `new`); `same_commit`, `same_versions` (None: not
         known) and `same_data`; `commit` (`old`, `new`), `versions` (the same by package, where
         they differ); `metrics`, by name `old`, `new`, `difference`, `interval` (the old one's) and
         `inside_interval`, None where there is none; and `verdict`: `equal` (all metrics, to the
@@ -81,6 +83,10 @@ def reproduce(
     watcher.phase(f"fetching run {run_id}")
     client = open_mlflow()
     earlier = fetch(client, run_id, overrides)
+    if not earlier.config.tracking.enabled:
+        raise UserError(
+            "tracking.enabled=false: a run is reproduced as another MLflow run; leave it out"
+        )
     code = compare_code(earlier, watcher)
     from amint_ray.launch.train_run import Resume, run_training  # torch and timm: seconds
 
@@ -92,22 +98,33 @@ def reproduce(
         check_data=lambda manifest: check_same(earlier, manifest),
         verbose=verbose,
     )
-    new = asking(client.get_run, again["run_id"]).data.metrics
-    if _FIGURE not in new:
-        raise RunError(
-            f"run {run_id} was trained again as {again['run_id']}, but MLflow has not got its "
-            "figures, so that they cannot be compared"
-        )
+    new, workers = _outcome(client, again, watcher)
     metrics = compare(earlier.metrics, new)
     return {
         "run_id": run_id,
         "reproduced_run_id": again["run_id"],
         "model_uri": again["model_uri"],
+        "waiting": again["waiting"],
         **code,
+        "workers": {"old": earlier.tags.get(_WORKERS), "new": workers},
         "same_data": True,
         "metrics": metrics,
         "verdict": verdict(metrics),
     }
+
+
+def _outcome(
+    client: MlflowClient, again: Mapping[str, Any], watcher: Watcher
+) -> tuple[Mapping[str, float], str | None]:
+    """The new run's metrics and workers; where MLflow has gone away, the figures alone."""
+    if again["waiting"] is None:
+        try:
+            recorded = asking(client.get_run, again["run_id"]).data
+            return recorded.metrics, recorded.tags.get(_WORKERS)
+        except UserError as error:
+            watcher.notice(str(error))
+    watcher.notice("MLflow does not give the new run's metrics: its figures alone are compared")
+    return run_log.leaves(again), str(again["workers"])
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -208,7 +225,8 @@ def _read_config(run_id: str, file: Path | None, overrides: Sequence[str]) -> tu
             f"run {run_id}: its config.yaml is none that this version of amint_ray takes: "
             f"{first_line(error).replace(str(file), file.name)}"
         ) from error
-    return load_config(str(file), overrides), original
+    # It is no part of the search that the run may have been a part of.
+    return load_config(str(file), ["tracking.parent_run=null", *overrides]), original
 
 
 def _read_manifest(run_id: str, file: Path | None, tags: Mapping[str, str]) -> Manifest | None:

@@ -20,6 +20,7 @@ from amint_ray.data.memory import load_memory
 from amint_ray.data.roles import Manifest
 from amint_ray.data.sources import open_source
 from amint_ray.launch.reproduce import (
+    _outcome,
     check_overrides,
     check_same,
     compare,
@@ -29,7 +30,7 @@ from amint_ray.launch.reproduce import (
     reproduce,
     verdict,
 )
-from amint_ray.tracking.run_log import RunLog, environment
+from amint_ray.tracking.run_log import environment, leaves, open_run
 
 FIGURES = {
     "task": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}},
@@ -56,15 +57,17 @@ class Recorded:
 
     def run(self, folder: Path, manifest: Manifest | None, *, status: str = "FINISHED") -> str:
         tags = {} if manifest is None else {"amint.manifest_fingerprint": manifest.fingerprint}
-        log = RunLog(self.uri, load_config("digits"), run_name="r", tags=tags)
-        log.log_epoch({"epoch": 1, "train/task_loss": 0.5, "train/steps_per_second": 9.0})
+        run_id = open_run(self.uri, load_config("digits"), run_name="r", tags=tags).run_id
+        metrics = {"train/task_loss": 0.5, "train/steps_per_second": 9.0}
         if manifest is not None:
             manifest.write(folder / "manifest.parquet")
-            self.client.log_artifact(log.run_id, str(folder / "manifest.parquet"))
-            log.log_figures(FIGURES, step=1)
+            self.client.log_artifact(run_id, str(folder / "manifest.parquet"))
+            metrics |= leaves(FIGURES)
+        for name, value in metrics.items():
+            self.client.log_metric(run_id, name, value, step=1)
         if status != "RUNNING":
-            self.client.set_terminated(log.run_id, status)
-        return log.run_id
+            self.client.set_terminated(run_id, status)
+        return run_id
 
     def artifact(self, run_id: str, name: str) -> Path:
         """Where it lies, to be spoilt."""
@@ -187,6 +190,8 @@ def test_artifacts_that_are_missing_or_spoilt(
     assert "config.yaml is none that this version" in line and "loss.lambda_mynt" in line
     config.unlink()
     assert "config.yaml is missing" in refused(run_id)
+    untracked = refused(recorded.run(tmp_path, manifest), "tracking.enabled=false")
+    assert untracked.startswith("tracking.enabled=false")
 
 
 def test_other_data_are_refused_before_anything_is_trained(
@@ -285,6 +290,23 @@ def test_metrics_are_compared_with_their_intervals() -> None:
     assert found["train/task_loss"]["inside_interval"] is None
     assert found["train/mint_loss"]["difference"] == 0
     assert found["gone"]["difference"] is found["extra"]["difference"] is None
+
+
+def test_where_mlflow_has_gone_away_the_figures_are_compared(database: Recorded) -> None:
+    watcher = Silent()
+    again = {**FIGURES, "run_id": "0" * 32, "waiting": "amint_runs/spool/r", "workers": 1}
+    for waiting in ("amint_runs/spool/r", None):  # or it forgot the run
+        new, workers = _outcome(database.client, again | {"waiting": waiting}, watcher)
+        assert new == {
+            "task.accuracy": 0.9,
+            "task.accuracy.low": 0.8,
+            "task.accuracy.high": 0.95,
+            "membership.member.auc": 0.7,
+            "membership.member.auc.low": 0.6,
+            "membership.member.auc.high": 0.8,
+        }
+        assert workers == "1" and "figures alone" in watcher.notices[-1]
+    assert verdict(compare(new | {"train/task_loss": 0.5}, new)) == "inside"
 
 
 def test_the_verdict_follows_from_all_metrics() -> None:

@@ -250,6 +250,7 @@ def test_a_run_that_is_reproduced_gives_every_metric_to_the_last_bit(
         assert metric["difference"] == 0, name
         assert metric["inside_interval"] in (True, None)
     assert document["verdict"] == "equal"
+    assert document["workers"] == {"old": "2", "new": "2"}
     again = run.client.get_run(document["reproduced_run_id"])
     assert again.data.tags["amint.reproduces"] == run_id
     assert again.info.status == "FINISHED"

@@ -15,9 +15,8 @@ from tracking.documents import CLEAN, a_document
 from amint_ray.cli import main
 from amint_ray.config.schema import Evaluation
 from amint_ray.contracts import UserError
-from amint_ray.tracking.headline import FIGURES, figure_tags, headline_tags, read_figure
+from amint_ray.tracking.headline import FIGURES, headline_tags, read_figure
 from amint_ray.tracking.versions import (
-    describe_version,
     list_versions,
     mark_challenger,
     promote,
@@ -358,13 +357,13 @@ def test_the_newest_version_is_the_challenger_however_late_the_older_comes(
 ) -> None:
     for _ in range(3):
         registry.add("m", tags())
-    assert mark_challenger("m", "2")
-    assert not mark_challenger("m", "1")
+    assert mark_challenger(registry.client, "m", "2")
+    assert not mark_challenger(registry.client, "m", "1")
     assert registry.holder("m", "challenger") == "2"
-    assert mark_challenger("m", "3")
+    assert mark_challenger(registry.client, "m", "3")
     assert registry.holder("m", "challenger") == "3"
     with pytest.raises(UserError, match="MLflow at"):
-        mark_challenger("m", "4")
+        mark_challenger(registry.client, "m", "4")
 
 
 def test_two_promotions_at_once_leave_the_alias_at_one_of_them(registry: Registry) -> None:
@@ -383,14 +382,3 @@ def test_two_promotions_at_once_leave_the_alias_at_one_of_them(registry: Registr
         thread.join()
     assert promoted == [True, True]
     assert registry.holder("m") in ("2", "3")
-
-
-def test_a_version_is_described(registry: Registry) -> None:
-    registry.add("m")
-    describe_version("m", "1", tags=figure_tags("member_auc", CLEAN_AUC), description="# m\n")
-    version = registry.client.get_model_version("m", "1")
-    assert version.description == "# m\n"
-    assert version.tags["amint.member_auc"] == "0.51"
-
-
-CLEAN_AUC = {"value": 0.51, "low": 0.5, "high": 0.52}
