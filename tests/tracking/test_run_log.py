@@ -4,128 +4,17 @@ from __future__ import annotations
 
 import base64
 import http.server
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
-import torch
 
 import amint_ray
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
-from amint_ray.model.joint import AuditedModel, plan_architecture
-from amint_ray.tracking import registry
-from amint_ray.tracking.run_log import RunLog, check_tracking, tracking_uri, without_password
-from amint_ray.train.state import save_weights
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    uri = f"http://127.0.0.1:{free_port()}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", uri.rpartition(":")[2], "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"),
-        ],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-@pytest.mark.slow
-def test_a_run_and_its_model_go_through_a_server(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import mlflow
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    assert tracking_uri() == server
-    check_tracking(server)
-    config = load_config("digits")
-    log = RunLog(server, config, run_name="a run", tags={"amint.manifest_fingerprint": "f"})
-    for epoch in (1, 2):
-        log.log_epoch({"epoch": epoch, "train/task_loss": 1 / epoch})
-    log.log_figures(
-        {"task": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}}, "confidence": 0.95},
-        step=2,
-    )
-    architecture = plan_architecture(config, 10)
-    model = AuditedModel(architecture).eval()
-    save_weights(model, tmp_path / "w.safetensors")
-    calibration = np.linspace(-1, 1, 19)
-    for expected in ("1", "2"):
-        version = registry.register(
-            "amint-digits",
-            run_id=log.run_id,
-            weights=tmp_path / "w.safetensors",
-            architecture=architecture,
-            data=config.data,
-            class_names=[str(c) for c in range(10)],
-            calibration=calibration,
-        )
-        assert version == expected
-    log.end("FINISHED")
-
-    client = mlflow.MlflowClient(server)
-    run = client.get_run(log.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics == {
-        "train/task_loss": 0.5,
-        "task.accuracy": 0.5,
-        "task.accuracy.low": 0.25,
-        "task.accuracy.high": 0.75,
-    }
-    losses = client.get_metric_history(log.run_id, "train/task_loss")
-    assert [(point.step, point.value) for point in losses] == [(1, 1.0), (2, 0.5)]
-    logged = client.search_logged_models([run.info.experiment_id])
-    assert len(logged) == 2  # beside their run, not in the default experiment
-    client.set_registered_model_alias("amint-digits", "champion", "2")
-    images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
-    with torch.inference_mode():
-        logits, membership = model((torch.from_numpy(images).float() / 255 - 0.5) / 0.5)
-    for uri in ("models:/amint-digits/1", "models:/amint-digits@champion"):
-        loaded = amint_ray.load(uri)
-        answer = loaded(images)
-        torch.testing.assert_close(answer.task_logits, logits)
-        torch.testing.assert_close(answer.membership_scores, membership)
-        assert loaded.calibration.tolist() == calibration.tolist()
-    with pytest.raises(UserError, match="models:/amint-digits/9"):
-        amint_ray.load("models:/amint-digits/9")
+from amint_ray.tracking.run_log import RunLog, check_tracking, without_password
 
 
 class _Guarded(http.server.BaseHTTPRequestHandler):
