@@ -51,17 +51,20 @@ class LocalStack:
         nodes: by name ("head", "worker-1", …), the process whose end is that node's end.
     """
 
-    def __init__(self, folder: str | Path, *, workers: int = 2, cpus: int = 2) -> None:
+    def __init__(
+        self, folder: str | Path, *, workers: int = 2, cpus: int = 2, ray: bool = True
+    ) -> None:
         """Name the folder; nothing is started.
 
         Args:
             folder: of its state.
             workers: raylets beside the head's.
             cpus: that each raylet, the head's included, tells Ray it has.
+            ray: whether there is Ray at all.
         """
         self.folder = Path(folder).absolute()
         self.nodes: dict[str, Server] = {}
-        self._workers, self._cpus = workers, cpus
+        self._workers, self._cpus, self._ray = workers, cpus, ray
         self._servers: dict[str, Server] = {}
         self._detached = True
         self._environment: dict[str, str] = {}
@@ -207,9 +210,10 @@ class LocalStack:
                 log=log,
                 seconds=_SECONDS_TO_START,
             )
-            self._start_head(dashboard)
-            for number in range(1, self._workers + 1):  # two at once, and one of them dies
-                self.add_node(f"worker-{number}")
+            if self._ray:
+                self._start_head(dashboard)
+                for number in range(1, self._workers + 1):  # two at once, and one of them dies
+                    self.add_node(f"worker-{number}")
             ready.result()
         self._write_state()
 
