@@ -146,7 +146,7 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
     def predict(
         self,
         context: Any,
-        model_input: np.ndarray,  # type: ignore[type-arg]  # any other hint, and MLflow warns
+        model_input: np.ndarray,  # any other hint, or none, and MLflow warns
         params: dict[str, Any] | None = None,
     ) -> dict[str, npt.NDArray[Any]]:
         """What the model says of n images.

@@ -161,11 +161,36 @@ def read_model(
     try:
         architecture = Architecture.from_json((folder / ARCHITECTURE).read_text())
         preprocessing = _PREPROCESSING.validate_json((folder / PREPROCESSING).read_text())
-        model = AuditedModel(architecture)
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model = _with_weights(architecture, load_file(folder / WEIGHTS))
         calibration = load_file(folder / CALIBRATION)[SCORES].numpy()
         return RegisteredModel(model, preprocessing, calibration)
     except Exception as error:  # whatever files lead to that somebody wrote, hashes and all
         raise UserError(
             f"{where or folder}: not a model that amint_ray registered: {first_line(error)}"
         ) from error
+
+
+def _with_weights(architecture: Architecture, weights: dict[str, torch.Tensor]) -> AuditedModel:
+    """A model that has these weights from the start.
+
+    Drawing random ones first takes longer than all the rest of loading. It must be done where the
+    backbone computes tensors that no weights file has, such as the positions of Swin's windows.
+    """
+    with torch.device("meta"):
+        model = AuditedModel(architecture)
+    known = model.state_dict()
+    if all(known[name].dtype == value.dtype for name, value in weights.items() if name in known):
+        # Copies: the file's own pages would follow whatever becomes of the file.
+        own = {name: value.clone() for name, value in weights.items()}
+        model.load_state_dict(own, assign=True)
+        if not any(_on_meta(module) for module in model.modules()):
+            return model
+    model = AuditedModel(architecture)
+    model.load_state_dict(weights)
+    return model
+
+
+def _on_meta(module: torch.nn.Module) -> bool:
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    others = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return any(tensor.is_meta for tensor in tensors + others)

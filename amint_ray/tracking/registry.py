@@ -117,7 +117,7 @@ def _send(client: MlflowClient, folder: Path, run_id: str) -> str:
 
     One that was sent before is used again; one that was half sent is completed.
     """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.entities import LoggedModelStatus
 
     run = client.get_run(run_id)
     mark = digest(folder)
@@ -142,11 +142,26 @@ def _send(client: MlflowClient, folder: Path, run_id: str) -> str:
             client.delete_logged_model(other.model_id)
     _tell_id(folder, model, run_id)
     client.log_model_artifacts(model.model_id, str(folder))
-    outputs = run.outputs.model_outputs if run.outputs else []
-    if model.model_id not in [output.model_id for output in outputs]:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    _link(client, run_id, model.model_id)
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return str(model.model_id)
+
+
+def _link(client: MlflowClient, run_id: str, model_id: str) -> None:
+    """Have the run's page name its model. MLflow refuses what it has been told already."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    def linked() -> bool:
+        outputs = client.get_run(run_id).outputs
+        return outputs is not None and model_id in [one.model_id for one in outputs.model_outputs]
+
+    if not linked():
+        try:
+            client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        except MlflowException:
+            if not linked():
+                raise
 
 
 def _sent(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel]:
