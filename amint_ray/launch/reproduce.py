@@ -256,7 +256,7 @@ def _read_json(file: Path | None) -> dict[str, Any] | None:
 
 def compare_code(earlier: Earlier, watcher: Watcher) -> dict[str, Any]:
     """Whether code and packages are those of the run; says so where they are not."""
-    here, tags = run_log._git_commit(), earlier.tags
+    here, tags = run_log.git_commit(), earlier.tags
     commit = {"old": tags.get(_COMMIT), "new": here.get(_COMMIT)}
     same_commit = None if None in commit.values() else commit["old"] == commit["new"]
     if same_commit is None:

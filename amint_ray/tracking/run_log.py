@@ -195,7 +195,7 @@ def _create(
             "amint.recipe": config.name,
             "amint.config_fingerprint": fingerprint(config),
             "mlflow.source.name": "amint train",
-            **_git_commit(),
+            **git_commit(),
             **parent,
             **tags,
         },
@@ -293,7 +293,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _git_commit() -> dict[str, str]:
+def git_commit() -> dict[str, str]:
     """The commit that this package's own files are checked out from, if they are."""
     here = Path(amint_ray.__file__).parent
 

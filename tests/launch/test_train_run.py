@@ -211,11 +211,13 @@ def test_registered_model_is_an_mlflow_model_without_pickle(run: Run) -> None:
     model = mlflow.pyfunc.load_model(run.document["model_uri"])
     assert model.metadata.signature.inputs.inputs[0].shape == (-1, 1, 8, 8)
     answer = model.predict(images)
-    assert answer["task_logits"].shape == (3, 10)
+    ours = amint_ray.load(run.document["model_uri"])
+    expected = ours(images)
     np.testing.assert_allclose(
-        answer["membership_scores"],
-        amint_ray.load(run.document["model_uri"])(images).membership_scores,
+        answer["class_probabilities"], expected.task_logits.softmax(1), atol=1e-5
     )
+    np.testing.assert_allclose(answer["membership_score"], expected.membership_scores, atol=1e-5)
+    assert answer["p_value"].tolist() == ours.p_values(expected.membership_scores).tolist()
     with pytest.raises(mlflow.MlflowException):
         model.predict(images.astype(np.float64))
 
