@@ -1,6 +1,6 @@
 """What Ray costs: the same loop under torchrun and under Ray Train, two workers of one thread each.
 
-    python -m benchmarks.ray_overhead [--repeats 3] [--epochs 6] [--quick] [--json]
+    python -m benchmarks.ray_overhead [--repeats 3] [--epochs 6] [--epoch-ratio] [--quick] [--json]
 
 Both run the product's own loop (`amint_ray.train.loop.train`) on the same data, seeds and settings;
 `torchrun` with nothing of Ray or MLflow in its processes. Measured are
@@ -13,7 +13,7 @@ Both run the product's own loop (`amint_ray.train.loop.train`) on the same data,
   machine (which shares its cores) against no checkpoint in between;
 - one worker against two, at the same global batch and at the same batch a worker.
 
-Every way is run in turn.
+Every way is run in turn; with `--epoch-ratio` the first two alone, for more repeats in that time.
 """
 
 from __future__ import annotations
@@ -191,6 +191,18 @@ def _rate(document: Mapping[str, Any]) -> float:
     return float(statistics.median(document["rates"][_EPOCHS_LEFT_OUT:]))
 
 
+def measure_epoch_ratio(repeats: int, epochs: int) -> dict[str, list[float]]:
+    """Seconds of an epoch by way, and the ratio of each repeat; who is first changes."""
+    base = [*SETTINGS, f"train.epochs={epochs}", "cluster.workers=2", "train.checkpoint_every=1"]
+    found: dict[str, list[float]] = {"torchrun": [], "ray": []}
+    for repeat in range(repeats):
+        for way in ("torchrun", "ray") if repeat % 2 == 0 else ("ray", "torchrun"):
+            print(f"{way} …", file=sys.stderr)
+            found[way].append(_measure(way, base)["train_seconds"] / epochs)
+    ratios = [ray / plain for ray, plain in zip(found["ray"], found["torchrun"], strict=True)]
+    return {**found, "ratio": ratios}
+
+
 def measure(repeats: int, epochs: int) -> dict[str, Any]:
     """All ways in turn, so that a machine whose speed drifts hurts all alike."""
     base = [*SETTINGS, f"train.epochs={epochs}"]
@@ -273,10 +285,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epoch-ratio", action="store_true", help="torchrun and Ray alone")
     parser.add_argument("--quick", action="store_true", help="see whether it runs; no figures")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     repeats, epochs = (1, 2) if options.quick else (options.repeats, options.epochs)
+    if options.epoch_ratio:
+        ratio = measure_epoch_ratio(repeats, epochs)
+        for name, values in ratio.items():
+            print(json.dumps({name: values}) if options.json else f"{name}: {_spread(values)}")
+        return
     found = measure(repeats, epochs)
     print(json.dumps(found, indent=2) if options.json else _table(found))
 
