@@ -292,8 +292,8 @@ def main() -> None:
     repeats, epochs = (1, 2) if options.quick else (options.repeats, options.epochs)
     if options.epoch_ratio:
         ratio = measure_epoch_ratio(repeats, epochs)
-        for name, values in ratio.items():
-            print(json.dumps({name: values}) if options.json else f"{name}: {_spread(values)}")
+        told = "\n".join(f"{name}: {_spread(values)}" for name, values in ratio.items())
+        print(json.dumps(ratio, indent=2) if options.json else told)
         return
     found = measure(repeats, epochs)
     print(json.dumps(found, indent=2) if options.json else _table(found))

@@ -85,7 +85,7 @@ def _summary(document: Document, name: str, config: Config, architecture: Archit
             "can be asked whether an image was in the training set.",
             "",
             f"- Recipe: `{document['recipe']}`, configuration `{document['config_fingerprint']}`",
-            f"- Run: `{document['run_id']}` ({document['run_name']})",
+            f"- Run: `{document['run_id'] or 'not in MLflow'}` ({document['run_name']})",
             f"- Classifier: `{architecture.backbone}`, {shape} pixels, "
             f"{architecture.num_classes:,} classes, {config.train.epochs} epochs",
             f"- MINT head: {head}",
@@ -243,19 +243,27 @@ def _limits(document: Document, config: Config) -> str:
 def _loading(document: Document, name: str, architecture: Architecture) -> str:
     shape = ", ".join(map(str, architecture.input_shape))
     labels = ", labels" if "loss" in architecture.head.inputs else ""
+    uri = f"runs:/{document['run_id']}/model" if document["run_id"] else "its folder"
+    named = '{"images": images, "labels": labels}' if labels else "images"
     lines = [
         "## Load it and ask it",
         "",
         "```python",
         "import amint_ray",
         "",
-        f'model = amint_ray.load("runs:/{document["run_id"]}/model")  # or models:/{name}/VERSION',
+        f'model = amint_ray.load("{uri}")  # or models:/{name}/VERSION',
         f"answer = model(images{labels})  # (n, {shape}): uint8, or floating point from 0 to 1",
         "classes = answer.task_logits.argmax(1)",
     ]
     if document["membership"]["member"]["auc"]["value"] is not None:
         lines.append("p = model.p_values(answer.membership_scores)  # small: more likely a member")
-    return "\n".join([*lines, "```"])
+    lines += [
+        "```",
+        "",
+        "Without amint_ray, with mlflow, torch and numpy alone (uint8 images):",
+        f'`mlflow.pyfunc.load_model("{uri}").predict({named})`',
+    ]
+    return "\n".join(lines)
 
 
 def _made_with(environment: Mapping[str, Any]) -> str:
