@@ -102,14 +102,14 @@ def ray_submit(stack: LocalStack, folder: Path, *arguments: str, name: str) -> R
     return Running(folder, command, laptop(stack))
 
 
-def mlflow_status(stack: LocalStack, experiment: str) -> str:
+def mlflow_run(stack: LocalStack, experiment: str) -> tuple[str, dict[str, str]]:
+    """The status and the tags of the only run of an experiment."""
     import mlflow
 
     client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
     found = client.get_experiment_by_name(experiment)
     (run,) = client.search_runs([found.experiment_id])
-    status: str = run.info.status
-    return status
+    return run.info.status, run.data.tags
 
 
 def train_processes(stack: LocalStack) -> list[str]:
@@ -210,7 +210,10 @@ def test_stopped_jobs_leave_no_workers_and_whole_checkpoints(
     wait_until(lambda: not train_processes(stack))
     for name, job in (("interrupted", interrupted), ("stopped", stopped)):
         assert "is marked KILLED" in job.stdout + job.stderr
-        assert mlflow_status(stack, name) == "KILLED"
+        status, tags = mlflow_run(stack, name)
+        assert status == "KILLED"
+        assert (tags["amint.ray_submission_id"], tags["amint.workers"]) == (name, "1")
+        assert int(tags["amint.ray_nodes"]) == len(stack.nodes)
         (last,) = kept_checkpoints(stack, name)
         check_checkpoint(last)
 

@@ -77,9 +77,13 @@ def test_mlflow_is_away_for_a_minute_and_then_for_good(servers: LocalStack, tmp_
         told = epochs()
         servers.kill_mlflow()
         document = command.document()
+        down = amint(tmp_path, uri, "sync")
     finally:
         command.process.kill()
         servers.start_mlflow()
+    assert down.returncode == 2
+    assert down.stderr.startswith("amint: tracking: no MLflow server answers at")
+    assert down.stderr.count("\n") == 1
     assert told == list(range(1, len(told) + 1))
     assert command.stderr.count("MLflow takes no records") == 2
     assert command.stderr.count("MLflow takes records again") == 1

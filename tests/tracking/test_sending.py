@@ -136,51 +136,6 @@ def test_a_server_that_fails_every_third_call(
     check_run(server.uri, spool.run.run_id, metrics=40, scratch=tmp_path)
 
 
-def test_a_server_that_is_killed_and_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    server = MlflowServer(tmp_path)
-    server.start()
-    try:
-        opened = open_run(server.uri, load_config("digits"), run_name="r", tags={})
-        spool = Spool(tmp_path / "spool" / "r", SpooledRun(opened.run_id, "r", server.uri))
-        delivery = Delivery(spool, MLflowSender(server.uri, spool))
-        for step in range(20):
-            spool.append(metric(step))
-        wait_until(lambda: not spool.waiting())
-        server.kill()
-        for step in range(20, 40):
-            spool.append(metric(step))
-        wait_until(lambda: delivery.failing[0] > 0)
-        assert len(spool.waiting()) == 20
-        server.start()
-        wait_until(lambda: not spool.waiting())
-        assert delivery.failing[0] == 0
-        # For good, then: what was not sent is sent by another process.
-        server.kill()
-        for step in range(40, 60):
-            spool.append(metric(step))
-        spool.append({"kind": "status", "status": "FINISHED", "time": 4 * 10**12})
-        assert delivery.stop(60)
-        spool.close()
-        with pytest.raises(UserError, match="no MLflow server answers"):
-            sync([tmp_path / "spool"], Silent())
-        server.start()
-        document = sync([tmp_path / "spool"], Silent())
-        assert document["left"] == 0
-        (run,) = document["runs"]
-        assert (run["run_id"], run["sent"], run["problem"]) == (opened.run_id, 21, None)
-        client = mlflow.MlflowClient(server.uri)
-        history = client.get_metric_history(opened.run_id, "a")
-        assert [point.step for point in history] == list(range(60))
-        assert client.get_run(opened.run_id).info.status == "FINISHED"
-        assert not (tmp_path / "spool").exists()
-        assert sync([], Silent()) == {"runs": [], "left": 0}
-    finally:
-        server.kill()
-
-
 def test_what_the_server_refuses_stays_and_is_named(
     server: MlflowServer, new_spool: Callable[[], Spool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
