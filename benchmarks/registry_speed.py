@@ -6,7 +6,8 @@ ViT-B/16 with random weights, the local stack's S3, PostgreSQL and MLflow server
 no S3 keys. In each repeat, in turn:
 
 - boto3 copies the weights file to the same S3 and back;
-- the model's folder is registered through the server, and loaded again by `amint_ray.load`;
+- the model's folder is registered through the server, loaded by `amint_ray.load`, and fetched once
+  more by MLflow's client alone;
 - the same with the parts of large files going straight to S3 and back by addresses that the server
   signs (MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD and _DOWNLOAD).
 
@@ -57,9 +58,18 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    os.sync()  # what was written before must not be paid for now
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def _settle(s3: Any) -> None:
+    """Ask for every object's ETag: rclone computes it at the first reading, S3 at the upload."""
+    for bucket in ("amint", "mlflow"):
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for entry in page.get("Contents", []):
+                s3.head_object(Bucket=bucket, Key=entry["Key"])
 
 
 def _write(folder: Path, backbone: str, size: int) -> float:
@@ -128,14 +138,20 @@ def measure(stack: LocalStack, repeats: int, backbone: str, size: int) -> dict[s
         seconds: dict[str, float] = {}
         there = partial(s3.upload_file, str(weights), "amint", f"copy-{repeat}")
         back = partial(s3.download_file, "amint", f"copy-{repeat}", str(copy))
-        seconds["boto3, there"], seconds["boto3, back"] = _seconds(there), _seconds(back)
+        seconds["boto3, there"] = _seconds(there)
+        _settle(s3)
+        seconds["boto3, back"] = _seconds(back)
         for way, variables in _WAYS.items():
             name = f"{way}-{repeat}"
             run_id = client.create_run("0").info.run_id
             send = partial(registry.register, folder, name, run_id=run_id, tags={}, description="")
             with _variables(variables):
                 seconds[f"{way}, registered"] = _seconds(send)
+                _settle(s3)
                 seconds[f"{way}, loaded"] = _seconds(partial(amint_ray.load, f"models:/{name}/1"))
+                with tempfile.TemporaryDirectory() as place:
+                    fetch = partial(mlflow.artifacts.download_artifacts, f"models:/{name}/1")
+                    seconds[f"{way}, fetched"] = _seconds(partial(fetch, dst_path=place))
         seconds["checked and built"] = _seconds(lambda: read_model(folder))
         for key, value in seconds.items() if repeat else ():
             found.setdefault(key, []).append(value)
@@ -147,7 +163,7 @@ def measure(stack: LocalStack, repeats: int, backbone: str, size: int) -> dict[s
             for mine, plain in zip(found[f"{way}, {what}"], found[f"boto3, {other}"], strict=True)
         ]
         for way in _WAYS
-        for what, other in (("registered", "there"), ("loaded", "back"))
+        for what, other in (("registered", "there"), ("fetched", "back"), ("loaded", "back"))
     }
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     return {
