@@ -245,7 +245,9 @@ class Recording:
             return
         except Exception:  # it was never opened, which has been told
             return
-        if not self._ended:
+        if self._ended:
+            status = "FINISHED"  # which it is told already
+        else:
             run.tell("status", status=status, time=run.now())
         deadline = time.monotonic() + _SECONDS_TO_MARK
         while run.spool.waiting() and time.monotonic() < deadline:

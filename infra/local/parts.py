@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sysconfig
 import time
@@ -99,3 +100,12 @@ def free_port() -> int:
 
 def _script(name: str) -> str:
     return str(Path(SCRIPTS) / name)
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file that only its owner can read, whole at any moment."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    draft.replace(path)

@@ -140,19 +140,26 @@ class LocalStack:
             RuntimeError: it does not start.
         """
         log = self.folder / f"ray-{name}.log"
-        log.unlink(missing_ok=True)
-        command = parts.worker_command(self._environment["RAY_ADDRESS"], cpus=self._cpus)
-        server = start_server(
-            command, log=log, environment=self._child_environment(), detached=self._detached
-        )
-        self._keep(f"ray-{name}", server)
-        wait_until_ready(
-            f"raylet {name}",
-            server,
-            lambda: b"until terminated" in log.read_bytes() or b"--block" in log.read_bytes(),
-            log=log,
-            seconds=_SECONDS_TO_START,
-        )
+        for tries_left in (1, 0):  # on a busy machine one now and then never gets under way
+            log.unlink(missing_ok=True)
+            command = parts.worker_command(self._environment["RAY_ADDRESS"], cpus=self._cpus)
+            server = start_server(
+                command, log=log, environment=self._child_environment(), detached=self._detached
+            )
+            self._keep(f"ray-{name}", server)
+            try:
+                wait_until_ready(
+                    f"raylet {name}",
+                    server,
+                    lambda: b"until terminated" in (said := log.read_bytes()) or b"--block" in said,
+                    log=log,
+                    seconds=_SECONDS_TO_START,
+                )
+                return
+            except RuntimeError:
+                if not tries_left:
+                    raise
+                self.remove_node(name, signal.SIGKILL)
 
     def remove_node(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
         """End a worker raylet: politely, or as a machine that dies (SIGKILL)."""
@@ -217,9 +224,9 @@ class LocalStack:
         """S3 keys and the file with Ray's token; the same at each start."""
         file, token = self.folder / "keys.json", self.folder / "ray_token"
         if not file.exists():
-            _write_private(file, json.dumps([secrets.token_hex(10), secrets.token_hex(20)]))
+            parts.write_private(file, json.dumps([secrets.token_hex(10), secrets.token_hex(20)]))
         if not token.exists():
-            _write_private(token, secrets.token_hex(16))
+            parts.write_private(token, secrets.token_hex(16))
         access, secret = json.loads(file.read_text())
         return (access, secret), token
 
@@ -350,11 +357,11 @@ class LocalStack:
 
     def _write_state(self) -> None:
         servers = {name: [server.pid, server.created] for name, server in self._servers.items()}
-        _write_private(
+        parts.write_private(
             self._state, json.dumps({"servers": servers, "environment": self._environment})
         )
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self._environment.items()]
-        _write_private(self.folder / "env", "\n".join([*lines, ""]))
+        parts.write_private(self.folder / "env", "\n".join([*lines, ""]))
 
     def _read_state(self) -> None:
         if not self._state.exists():
@@ -389,12 +396,3 @@ class LocalStack:
 def shown(name: str, value: str) -> str:
     """A variable as it may be printed."""
     return "***" if any(part in name for part in _MASKED) and not name.endswith("PATH") else value
-
-
-def _write_private(path: Path, text: str) -> None:
-    """A file that only its owner can read, whole at any moment."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    draft.replace(path)

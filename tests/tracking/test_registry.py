@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import http.client
 import http.server
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +18,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
+from tracking.mlflow_server import MlflowServer
 
 import amint_ray
 from amint_ray.config.load import load_config
@@ -30,48 +26,18 @@ from amint_ray.contracts import UserError
 from amint_ray.model.joint import AuditedModel, plan_architecture
 from amint_ray.tracking import registry
 from amint_ray.tracking.folder import write_folder
-from amint_ray.tracking.run_log import RunLog, check_tracking, tracking_uri
+from amint_ray.tracking.run_log import check_tracking, tracking_uri
 from amint_ray.train.state import save_weights
 
 CALIBRATION = np.linspace(-1, 1, 19)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    uri = f"http://127.0.0.1:{free_port()}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", uri.rpartition(":")[2], "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"),
-        ],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server.uri
+    server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -123,32 +89,15 @@ def test_a_run_and_its_model_go_through_a_server(
     client = use(monkeypatch, server)
     assert tracking_uri() == server
     check_tracking(server)
-    log = RunLog(server, load_config("digits"), run_name="a run", tags={})
-    for epoch in (1, 2):
-        log.log_epoch({"epoch": epoch, "train/task_loss": 1 / epoch})
-    log.log_figures(
-        {"task": {"accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}}, "confidence": 0.95},
-        step=2,
-    )
-    assert send(folder, "amint-digits", log.run_id, note="first") == "1"
-    assert send(folder, "amint-digits", log.run_id, note="said again") == "1"
+    run_id = new_run(client)
+    assert send(folder, "amint-digits", run_id, note="first") == "1"
+    assert send(folder, "amint-digits", run_id, note="said again") == "1"
     assert send(folder, "amint-digits", new_run(client)) == "2"
-    log.end("FINISHED")
-
-    run = client.get_run(log.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics == {
-        "train/task_loss": 0.5,
-        "task.accuracy": 0.5,
-        "task.accuracy.low": 0.25,
-        "task.accuracy.high": 0.75,
-    }
-    losses = client.get_metric_history(log.run_id, "train/task_loss")
-    assert [(point.step, point.value) for point in losses] == [(1, 1.0), (2, 0.5)]
+    run = client.get_run(run_id)
     (logged,) = client.search_logged_models([run.info.experiment_id])  # beside its run
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
     version = client.get_model_version("amint-digits", "1")
-    assert (version.run_id, version.source) == (log.run_id, f"models:/{logged.model_id}")
+    assert (version.run_id, version.source) == (run_id, f"models:/{logged.model_id}")
     assert (version.description, version.tags["note"]) == ("said again", "said again")
     client.set_registered_model_alias("amint-digits", "champion", "2")
     images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
@@ -156,7 +105,7 @@ def test_a_run_and_its_model_go_through_a_server(
         logits, membership = model((torch.from_numpy(images).float() / 255 - 0.5) / 0.5)
     for uri in (
         *("models:/amint-digits/1", "models:/amint-digits/latest", "models:/amint-digits@champion"),
-        *(f"models:/{logged.model_id}", f"runs:/{log.run_id}/model"),
+        *(f"models:/{logged.model_id}", f"runs:/{run_id}/model"),
     ):
         loaded = amint_ray.load(uri)
         answer = loaded(images)
