@@ -80,7 +80,8 @@ class Spool:
             folder.mkdir(parents=True, exist_ok=True)
         elif not (folder / _RUN).is_file():
             raise NoSpoolError(f"{folder}: there is no {_RUN} in it")
-        self._lock = FileLock(folder / _LOCK)
+        # Of the process and not of a thread: another one closes it than opened it.
+        self._lock = FileLock(folder / _LOCK, thread_local=False)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
