@@ -51,11 +51,6 @@ class InOrder:
         self._waiting.put((call, future))
         return future
 
-    def forget(self) -> None:
-        """Make none of the calls that have not begun."""
-        while not self._waiting.empty():
-            self._waiting.get()[1].cancel()
-
     def _work(self) -> None:
         while True:
             call, future = self._waiting.get()
