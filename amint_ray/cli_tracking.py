@@ -104,7 +104,7 @@ def sync(folders: tuple[Path, ...], as_json: bool) -> None:
         finally:
             display.close()
     print_document(document, print_synced, stdout, as_json=as_json)
-    problems = any(run["problem"] for run in document["runs"])
+    problems = any(run["problem"] and not run["in_use"] for run in document["runs"])
     click.get_current_context().exit(1 if problems else 0)
 
 

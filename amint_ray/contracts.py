@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -38,8 +39,12 @@ class RunError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's text cut to one line; its type's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An exception's text cut to one line; its type's name where it has none.
+
+    Libraries put addresses into their errors, with the password where there is one: not here.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", line)
 
 
 class Role(StrEnum):

@@ -85,6 +85,8 @@ def fit(
     joined = address_of(config.cluster) is not None
     fewest = workers if isinstance(workers, int) else workers[0]
     receiver = Receiver(prepared.run_name)
+    for event in receiver.poll():  # of a driver that was killed before it looked
+        _record(event, run)
     receiver.close()  # a try of this run that was killed may have left word that it gave up
     if prepared.earlier is not None:
         run_folder = storage.below(prepared.run_name)
@@ -165,20 +167,23 @@ def _follow(running: _InThread, receiver: Receiver, run: Recording, watcher: Wat
         done = not running.is_alive()  # asked before the last poll, so that no news is missed
         run.check(watcher)
         for event in receiver.poll():
-            match event["phase"]:
-                case "steps":
-                    run.tell_steps(event["first"], event["sums"])
-                case "machine":
-                    run.tell_machine(event["node"], event["values"])
-                case "notice":
-                    watcher.notice(event["text"])
-                case "epoch":
-                    run.tell_epoch(event)
-                    watcher.event(event)
-                case _:
-                    watcher.event(event)
+            _record(event, run)
+            if event["phase"] == "notice":
+                watcher.notice(event["text"])
+            watcher.event(event)
         if not done:
             time.sleep(_SECONDS_BETWEEN_POLLS)
+
+
+def _record(event: Mapping[str, Any], run: Recording) -> None:
+    """Tell the MLflow run what it wants to know of the workers' news."""
+    match event["phase"]:
+        case "steps":
+            run.tell_steps(event["first"], event["sums"])
+        case "machine":
+            run.tell_machine(event["node"], event["values"])
+        case "epoch":
+            run.tell_epoch(event)
 
 
 def _remove_orphans(run: Location, result: ray.train.Result) -> None:

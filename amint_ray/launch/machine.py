@@ -75,8 +75,8 @@ def watched(
     stop = threading.Event()
 
     def watch() -> None:
-        machine = Machine() if local_rank == 0 else None
         with contextlib.suppress(Exception):  # no figure of the machine is worth a run
+            machine = Machine() if local_rank == 0 else None
             while not stop.wait(seconds):
                 values = {} if machine is None else machine.values()
                 if device.type == "cuda":

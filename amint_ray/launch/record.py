@@ -62,9 +62,19 @@ def record(
     quarantine = [*index.quarantine, *lost.items()]
     # A model whose head says nothing must not become the newest version of one whose head does.
     name = config.registered_model + ("" if head_trained else "-plain")
+    model = run.new_folder()
+    no_program = write_folder(
+        model,
+        weights=checkpoint / WEIGHTS,
+        architecture=prepared.architecture,
+        data=config.data,
+        class_names=index.class_names,
+        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
+    )
     document = {
         "run_id": run.run_id or None,
         "registered_model": name,
+        "no_program": no_program,
         "run_name": prepared.run_name,
         "tracking_uri": without_password(prepared.tracking_uri)
         if config.tracking.enabled
@@ -104,17 +114,8 @@ def record(
     for picture_name, picture in pictures.items():
         picture.savefig(folder / f"{picture_name}.png", dpi=120)
     run.tell_files(folder)
-    model = run.new_folder()
-    no_program = write_folder(
-        model,
-        weights=checkpoint / WEIGHTS,
-        architecture=prepared.architecture,
-        data=config.data,
-        class_names=index.class_names,
-        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
-    )
     run.tell_model(model, name, tags=headline_tags(document), description=shortened(card))
-    return {**document, "no_program": no_program}
+    return document
 
 
 def finish(
@@ -131,8 +132,9 @@ def finish(
     name = document["registered_model"]
     model_uri = f"models:/{name}/{versions[name]}" if name in versions else None
     load = model_uri
-    if not prepared.config.tracking.enabled and not prepared.storage.remote:
-        load = prepared.storage.below(f"{prepared.run_name}/{MODEL}").path
+    if not prepared.config.tracking.enabled:
+        place = prepared.storage.below(f"{prepared.run_name}/{MODEL}")
+        load = place.uri if prepared.storage.remote else place.path
     return {
         "model_uri": model_uri,
         "load": None if load is None else f"amint_ray.load({json.dumps(load)})",

@@ -37,9 +37,10 @@ from amint_ray.tracking.spool import (
     NoSpoolError,
     Spool,
     SpooledRun,
-    last_told,
     metrics_told,
     newest_time,
+    set_aside,
+    steps_told,
 )
 from amint_ray.train.step import SUMS
 
@@ -70,9 +71,9 @@ class _Open:
     ) -> None:
         self.run_id, self.spool, self.versions = run.run_id, spool, sender.versions
         left = spool.waiting()
-        self._epoch = max(run.last_epoch, last_told(left, EPOCH_METRIC))
-        self._step = max(run.last_step, last_told(left, STEP_METRIC))
-        self._metrics = run.metrics | metrics_told(left)
+        self._epochs = {*run.epochs, *steps_told(left, EPOCH_METRIC)}
+        self._step = max({run.last_step, *steps_told(left, STEP_METRIC)})
+        self._figures = {**run.metrics, **metrics_told(left)}
         self._started = run.started
         self._newest = max(run.started, newest_time(left))
         self._steps_per_point = steps_per_point
@@ -88,35 +89,46 @@ class _Open:
         return self._newest
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
-        self.tell("metrics", time=self.now(), step=step, values=dict(values))
+        if self.run_id:  # else nobody is to be told
+            self.tell("metrics", time=self.now(), step=step, values=dict(values))
 
     def epoch(self, entry: Mapping[str, float]) -> None:
         """At step = epoch; once, also of one that was trained twice because the first was lost."""
-        if entry["epoch"] > self._epoch:
-            self._epoch = int(entry["epoch"])
+        number = int(entry["epoch"])
+        if number not in self._epochs:
+            self._epochs.add(number)
             self.metrics(
                 {key: value for key, value in entry.items() if key not in ("epoch", "phase")},
-                step=self._epoch,
+                step=number,
             )
 
     def steps(self, first: int, sums: Sequence[Sequence[float]]) -> None:
         """Means over `steps_per_point` steps, at the last of them; each step once."""
+        if first > self._step + 1:
+            self.delivery.say(f"the losses of steps {self._step + 1} to {first - 1} are not known")
+            self.point()
         for step, of in enumerate(sums, start=first):
             if step <= self._step:
                 continue
             self._step = step
             self._point.append(of)
             if step % self._steps_per_point == 0:
-                total = dict(zip(SUMS, map(sum, zip(*self._point, strict=True)), strict=True))
-                values = {STEP_METRIC: total["task_loss"] / total["task_rows"]}
-                if total["told_rows"]:
-                    values["step/mint_loss"] = total["mint_loss"] / total["told_rows"]
-                self._point = []
-                self.metrics(values, step=step)
+                self.point()
+
+    def point(self) -> None:
+        """The mean over the steps since the last one."""
+        if not self._point:
+            return
+        total = dict(zip(SUMS, map(sum, zip(*self._point, strict=True)), strict=True))
+        values = {STEP_METRIC: total["task_loss"] / total["task_rows"]}
+        if total["told_rows"]:
+            values["step/mint_loss"] = total["mint_loss"] / total["told_rows"]
+        self._point = []
+        self.metrics(values, step=self._step)
 
     def figures(self, figures: Mapping[str, float], *, step: int) -> None:
-        """Those that it was not told of before it was interrupted."""
-        new = {key: value for key, value in figures.items() if key not in self._metrics}
+        """Those that it was not told of before it was interrupted, or told otherwise."""
+        new = {key: value for key, value in figures.items() if self._figures.get(key) != value}
         if new:
             self.metrics(new, step=step)
 
@@ -225,11 +237,14 @@ class Recording:
             watcher.heartbeat()
             self.check(watcher)
             time.sleep(0.05)
-        reason = run.delivery.failing[1]
+        reason = run.delivery.failing[1] or "it does not answer"
+        self.check(watcher)
         if run.close():
             return run.versions, None
         if not run.run_id:
             raise RunError(f"storage.path does not take the run's files: {reason}")
+        if not run.spool.durable:
+            watcher.notice(f"WARNING: {run.spool.folder.parent} has no room for what waits")
         watcher.notice(
             f"WARNING: MLflow did not take all records ({reason}): the model is trained and not "
             f"yet registered; send what waits with `amint sync {run.spool.folder}`"
@@ -259,12 +274,14 @@ class Recording:
                 watcher.notice(f"MLflow run {run.run_id} is marked {status}")
         elif run.run_id:
             watcher.notice(
-                f"MLflow run {run.run_id} is not marked {status} ({run.delivery.failing[1]}); "
+                f"MLflow run {run.run_id} is not marked {status} "
+                f"({run.delivery.failing[1] or 'it does not answer'}); "
                 f"`amint sync {run.spool.folder}` sends what waits, and so does going on with it"
             )
 
 
 def _finished(run: _Open) -> _Open:
+    run.point()
     run.tell("status", status="FINISHED", time=run.now())
     return run
 
@@ -307,12 +324,28 @@ def _stopped_by(watcher: Watcher) -> BaseException | None:
     return None
 
 
+def _patiently(
+    opening: Callable[..., OpenedRun], seconds: float, *arguments: Any, **more: Any
+) -> OpenedRun:
+    """Open a run, also where the server that has just answered is away for some seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return opening(*arguments, **more)
+        except UserError as error:
+            if "API request to" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_SECONDS_TO_STOP)
+
+
 def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> _Open:
     """The MLflow run; and, beside the checkpoints, what is needed to go on with it."""
     tracking, earlier = prepared.config.tracking, prepared.earlier
     said: list[str] = []
     if tracking.enabled:
-        run = open_run(
+        run = _patiently(
+            open_run,
+            tracking.wait_seconds,
             prepared.tracking_uri,
             prepared.config,
             run_name=prepared.run_name,
@@ -332,7 +365,10 @@ def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> _Open:
         ).write(prepared.storage)
     uri = without_password(prepared.tracking_uri)
     try:
-        spool = Spool(prepared.spool, SpooledRun(run.run_id, prepared.run_name, uri))
+        if (aside := set_aside(prepared.spool, run.run_id)) is not None:
+            said.append(f"what waits for another MLflow run is now in {aside}")
+        whose = SpooledRun(run.run_id, prepared.run_name, uri, run.attempt)
+        spool = Spool(prepared.spool, whose)
     except (InUseError, NoSpoolError) as error:
         raise UserError(f"tracking.spool: {error}; wait for it, or move the folder away") from error
     sender = (

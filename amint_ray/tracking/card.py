@@ -49,7 +49,7 @@ def model_card(
     sections = [
         _summary(document, name, config, architecture),
         _data(document, config),
-        _figures(document, config),
+        _figures(document),
         _confounders(document["confounders"]),
         _use(document, config, architecture),
         _limits(document, config),
@@ -82,7 +82,10 @@ def _summary(document: Document, name: str, config: Config, architecture: Archit
             f"# {name}",
             "",
             "An image classifier trained together with a membership-inference (MINT) head, which "
-            "can be asked whether an image was in the training set.",
+            "can be asked whether an image was in the training set."
+            if config.loss.lambda_mint > 0
+            else "An image classifier trained as usual: its membership-inference (MINT) head was "
+            "not, and it cannot be asked about its training set.",
             "",
             f"- Recipe: `{document['recipe']}`, configuration `{document['config_fingerprint']}`",
             f"- Run: `{document['run_id'] or 'not in MLflow'}` ({document['run_name']})",
@@ -100,7 +103,16 @@ def _seed_count(document: Document) -> str:
 
 
 def _data(document: Document, config: Config) -> str:
-    rows = [(role.value, f"{document['counts'][role.value]:,}", *_TRAINS[role]) for role in Role]
+    head_trained = config.loss.lambda_mint > 0
+    rows = [
+        (
+            role.value,
+            f"{document['counts'][role.value]:,}",
+            _TRAINS[role][0],
+            _TRAINS[role][1] if head_trained else "no head was trained",
+        )
+        for role in Role
+    ]
     return "\n".join(
         [
             "## Data",
@@ -114,7 +126,7 @@ def _data(document: Document, config: Config) -> str:
     )
 
 
-def _figures(document: Document, config: Config) -> str:
+def _figures(document: Document) -> str:
     """Task and membership, each with its interval; beneath them what is not reported, and why."""
     unreported: dict[str, list[str]] = {}
     rows: list[tuple[str, ...]] = []
@@ -257,6 +269,8 @@ def _loading(document: Document, name: str, architecture: Architecture) -> str:
     ]
     if document["membership"]["member"]["auc"]["value"] is not None:
         lines.append("p = model.p_values(answer.membership_scores)  # small: more likely a member")
+    if document.get("no_program") is not None:
+        return "\n".join([*lines, "```", "", f"By amint_ray alone: {document['no_program']}."])
     lines += [
         "```",
         "",

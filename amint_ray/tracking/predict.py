@@ -23,7 +23,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 WEIGHTS, CALIBRATION, PROGRAM = "model.safetensors", "calibration.safetensors", "program.pt2"
-HASHES = "hashes.json"
+HASHES, PREPROCESSING = "hashes.json", "preprocessing.json"
 SCORES = "membership_scores"
 
 _TYPES = {
@@ -141,6 +141,7 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         self._weights = dict(sorted(tensors_of(content[WEIGHTS]).items()))
         self._calibration = tensors_of(content[CALIBRATION])[SCORES].numpy()
         self._program = open_program(content[PROGRAM])
+        self._classes = len(json.loads(content[PREPROCESSING])["class_names"])
 
     @torch.inference_mode()
     def predict(
@@ -169,6 +170,8 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         count = len(inputs[0])
         if any(len(values) != count for values in inputs):
             raise ValueError(f"there are {count} images and {len(inputs[1])} labels")
+        if len(inputs) == 2 and not bool(((inputs[1] >= 0) & (inputs[1] < self._classes)).all()):
+            raise ValueError(f"labels must be class indices from 0 to {self._classes - 1}")
         if count == 0:  # the program wants an image; what it says of this one is not passed on
             inputs = [torch.zeros(1, *x.shape[1:], dtype=x.dtype) for x in inputs]
         logits, membership = self._program(self._weights, *inputs)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 DIGEST = "amint.sha256"
 """Tag of a model and of its versions: the folder's `digest`."""
+_CALL = "amint.registration"
+"""Tag of a version: which call made it."""
 _LOGGED = "model"
 """The logged model's name, as in `runs:/RUN_ID/model`."""
 _LISTED = 20
@@ -70,10 +73,11 @@ def register(
     from mlflow import MlflowClient
 
     check_name(name)
-    verify(folder, where=str(folder))
     client = MlflowClient()
     version = _version_of_run(client, name, run_id)
     if version is None:
+        verify(folder, where=str(folder))
+        call = uuid.uuid4().hex
         model_id = _send(client, folder, run_id)
         _make_name(client, name)
         client.create_model_version(
@@ -81,10 +85,13 @@ def register(
             source=f"models:/{model_id}",
             run_id=run_id,
             model_id=model_id,
-            tags={**tags, DIGEST: digest(folder)},
+            tags={**tags, DIGEST: digest(folder), _CALL: call},
             description=description,
         )
         # Where an answer is lost, MLflow's client asks again and there are two: the first counts.
+        made = _versions_of_run(client, name, run_id)
+        for surplus in [each for each in made if each.tags.get(_CALL) == call][1:]:
+            client.delete_model_version(name, str(surplus.version))
         version = _version_of_run(client, name, run_id)
         assert version is not None
     number = str(version.version)
@@ -97,12 +104,13 @@ def register(
 
 
 def _version_of_run(client: MlflowClient, name: str, run_id: str) -> ModelVersion | None:
-    """The first version that a run made; later ones, made by accident, are deleted."""
+    """The first version that a run made, if it made one; somebody may have made more of it."""
+    return next(iter(_versions_of_run(client, name, run_id)), None)
+
+
+def _versions_of_run(client: MlflowClient, name: str, run_id: str) -> list[ModelVersion]:
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    first, *others = sorted(found, key=lambda version: int(version.version)) or [None]
-    for other in others:
-        client.delete_model_version(name, str(other.version))
-    return first
+    return sorted(found, key=lambda version: int(version.version))
 
 
 def _make_name(client: MlflowClient, name: str) -> None:
@@ -202,7 +210,8 @@ def load(uri: str) -> RegisteredModel:
         raise UserError(f"{uri}: neither a model's URI nor a folder; give {_FORMS}")
     import mlflow
 
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not mlflow.is_tracking_uri_set():
+    needed = uri.startswith(("models:", "runs:"))
+    if needed and not os.environ.get("MLFLOW_TRACKING_URI") and not mlflow.is_tracking_uri_set():
         if not Path("mlflow.db").is_file():
             raise UserError(
                 f"{uri}: there is no mlflow.db in {Path.cwd()}; work where the model was trained, "
@@ -229,6 +238,11 @@ def _read(folder: Path, uri: str, expected: str | None) -> RegisteredModel:
 
 def _found(client: MlflowClient, uri: str) -> tuple[str, str | None]:
     """What to fetch (an alias may move meanwhile), and the digest that the registry knows of it."""
+    if of_run := re.fullmatch(rf"runs:/([0-9a-f]{{32}})/{_LOGGED}", uri):
+        run = client.get_run(of_run[1])
+        whole = [m for m in _sent(client, run.info.experiment_id, of_run[1]) if m.status == "READY"]
+        if whole:
+            return f"models:/{whole[-1].model_id}", whole[-1].tags[DIGEST]
     if not uri.startswith("models:/"):
         return uri, None
     if re.fullmatch(r"models:/m-[0-9a-f]{32}", uri):
@@ -252,6 +266,8 @@ def _by_alias(client: MlflowClient, uri: str, name: str, alias: str) -> ModelVer
     try:
         return client.get_model_version(name, aliases[alias])
     except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise UserError(
             f"{uri}: the alias names version {aliases[alias]}, which was deleted"
         ) from error

@@ -12,8 +12,9 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,19 +119,23 @@ class OpenedRun:
         run_id: MLflow's.
         started: when it began, in milliseconds.
         resumed: whether it was there before.
-        last_epoch: that it was told of; 0: none.
+        epochs: that it was told of.
         last_step: that it was told of; 0: none.
-        metrics: all that it has, by name.
+        metrics: the last value of each that it has.
+        attempt: how often it was begun or gone on with.
     """
 
     run_id: str
     started: int
     resumed: bool = False
-    last_epoch: int = 0
+    epochs: frozenset[int] = frozenset()
     last_step: int = 0
-    metrics: frozenset[str] = frozenset()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    attempt: int = 1
 
 
+ATTEMPT = "amint.attempt"
+"""Tag: how often a run was begun or gone on with."""
 EPOCH_METRIC, STEP_METRIC = "train/task_loss", "step/task_loss"
 """That each epoch has, and each point within one; at steps that count epochs, and steps."""
 
@@ -159,6 +164,7 @@ def open_run(
     """
     import mlflow
 
+    be_brief()
     mlflow.set_tracking_uri(uri)
     try:
         with _alone_while_created(uri):
@@ -177,6 +183,13 @@ def open_run(
         ) from error
 
 
+def be_brief() -> None:
+    """Have MLflow's client tell soon that a call fails: whoever calls here calls again."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+
+
 def _create(
     client: MlflowClient,
     experiment: str,
@@ -188,6 +201,7 @@ def _create(
     parent = {}
     if config.tracking.parent_run is not None:
         parent = {"mlflow.parentRunId": client.get_run(config.tracking.parent_run).info.run_id}
+    creation = uuid.uuid4().hex
     run = client.create_run(
         experiment,
         run_name=run_name,
@@ -195,12 +209,18 @@ def _create(
             "amint.recipe": config.name,
             "amint.config_fingerprint": fingerprint(config),
             "mlflow.source.name": "amint train",
+            ATTEMPT: "1",
+            "amint.creation": creation,
             **git_commit(),
             **parent,
             **tags,
         },
     )
     run_id = str(run.info.run_id)
+    # Where an answer is lost, MLflow's client asks again, and there are two.
+    for other in client.search_runs([experiment], f"tags.`amint.creation` = '{creation}'"):
+        if other.info.run_id != run_id:
+            client.delete_run(other.info.run_id)
     try:
         _log_params(client, run_id, config)
         client.log_text(run_id, to_yaml(config), "config.yaml")
@@ -226,17 +246,19 @@ def _find(client: MlflowClient, run_id: str) -> OpenedRun | None:
     if run.info.lifecycle_stage != "active":
         return None
 
-    def last(metric: str) -> int:
-        points = client.get_metric_history(run_id, metric)
-        return max((point.step for point in points), default=0)
+    def steps(metric: str) -> frozenset[int]:
+        return frozenset(point.step for point in client.get_metric_history(run_id, metric))
 
+    attempt = 1 + int(run.data.tags.get(ATTEMPT, "1"))
+    client.set_tag(run_id, ATTEMPT, str(attempt))
     return OpenedRun(
         run_id,
         run.info.start_time,
         resumed=True,
-        last_epoch=last(EPOCH_METRIC),
-        last_step=last(STEP_METRIC),
-        metrics=frozenset(run.data.metrics),
+        epochs=steps(EPOCH_METRIC),
+        last_step=max(steps(STEP_METRIC), default=0),
+        metrics=run.data.metrics,
+        attempt=attempt,
     )
 
 

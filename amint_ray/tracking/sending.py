@@ -7,7 +7,6 @@ once for a run.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from amint_ray.contracts import first_line
+from amint_ray.tracking.run_log import ATTEMPT, be_brief
 from amint_ray.tracking.spool import Record, Spool
 
 if TYPE_CHECKING:
@@ -36,14 +36,33 @@ class MLflowSender:
     def __init__(self, uri: str, spool: Spool) -> None:
         import mlflow
 
-        # A call is made again when it fails, in any case; it need not take minutes to say so.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+        be_brief()
         self.versions: dict[str, str] = {}
         self._spool = spool
         self._run_id = spool.run.run_id
         mlflow.set_tracking_uri(uri)  # the model's files go where this says
         self._client: MlflowClient = mlflow.MlflowClient(uri)
+        self._known: dict[str, set[int]] | None = None
+
+    def be_careful_if_stale(self) -> None:
+        """Where the run went on elsewhere since, send only metrics that it lacks, and no status.
+
+        Raises:
+            Exception: MLflow's or the network's.
+        """
+        current = self._client.get_run(self._run_id).data.tags.get(ATTEMPT, "1")
+        if int(current) > self._spool.run.attempt:
+            self._known = {}
+
+    def _lacking(self, record: Record) -> dict[str, float]:
+        """A record's metrics that are to be sent."""
+        values: dict[str, float] = record["values"]
+        if self._known is None:
+            return values
+        for name in values.keys() - self._known.keys():
+            points = self._client.get_metric_history(self._run_id, name)
+            self._known[name] = {point.step for point in points}
+        return {k: v for k, v in values.items() if record["step"] not in self._known[k]}
 
     def __call__(self, records: Sequence[Record]) -> int:
         """Send the first of these, and those behind it that go in the same call.
@@ -83,7 +102,7 @@ class MLflowSender:
             count += 1
             metrics += [
                 Metric(key, value, record["time"], record["step"])
-                for key, value in record["values"].items()
+                for key, value in self._lacking(record).items()
             ]
         for start in range(0, len(metrics), _METRICS_A_CALL):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + _METRICS_A_CALL])
@@ -103,7 +122,9 @@ class MLflowSender:
         self._client.log_inputs(self._run_id, datasets=[DatasetInput(Dataset(**fields), tags)])
 
     def _files(self, record: Record) -> None:
-        self._client.log_artifacts(self._run_id, str(self._spool.folder_of(record)))
+        folder = self._spool.folder_of(record)
+        if folder.is_dir():  # it goes once all is sent
+            self._client.log_artifacts(self._run_id, str(folder))
 
     def _model(self, record: Record) -> None:
         from amint_ray.tracking import registry
@@ -120,6 +141,8 @@ class MLflowSender:
         self.versions[record["name"]] = version
 
     def _status(self, record: Record) -> None:
+        if self._known is not None:
+            return
         if record["status"] == "RUNNING":
             self._client.update_run(self._run_id, status="RUNNING")
         else:

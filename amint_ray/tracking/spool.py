@@ -45,11 +45,13 @@ class SpooledRun:
         run_id: of the MLflow run.
         run_name: its name, and the spool's.
         tracking_uri: of its server or database, without a password.
+        attempt: how often the run was begun or gone on with when these records were written.
     """
 
     run_id: str
     run_name: str
     tracking_uri: str
+    attempt: int = 1
 
 
 class Spool:
@@ -58,10 +60,7 @@ class Spool:
     Attributes:
         folder: where it is kept.
         run: whom it is for.
-        durable: whether all records are on the disk.
     """
-
-    durable = True
 
     def __init__(self, folder: Path, run: SpooledRun | None = None) -> None:
         """Open a run's spool, with all that was left in it.
@@ -88,6 +87,8 @@ class Spool:
             raise InUseError(f"{folder}: another process is at work on this run") from None
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Record, int]] = deque()
+        self._unwritten = b""
+        self._open = True
         try:
             self.run = run or self._read_run()
             if run is not None:
@@ -97,7 +98,8 @@ class Spool:
         except BaseException:
             self._lock.release()
             raise
-        self._end = self._file.tell()
+        self._written = self._file.tell()
+        self._end = self._written
 
     def _read_run(self) -> SpooledRun:
         try:
@@ -113,6 +115,10 @@ class Spool:
             return
         with contextlib.suppress(FileNotFoundError, ValueError):
             sent = int((self.folder / _SENT).read_text())
+        size = path.stat().st_size
+        if sent > size:  # the disk lost what it had said was written
+            sent = size
+            _replace(self.folder / _SENT, str(sent))
         with path.open("r+b") as file:
             file.seek(sent)
             end = sent
@@ -129,20 +135,31 @@ class Spool:
     def append(self, record: Record) -> None:
         """Add a record behind all others.
 
-        A disk that is full does not stop the run: the record is then kept in memory alone.
+        A disk that is full does not stop the run: the record waits in memory for it to have room.
         """
         line = json.dumps(record).encode() + b"\n"
         with self._changed:
-            if self.durable:
-                try:
-                    written = self._file.write(line)
-                except OSError:
-                    written = 0
-                # Half a line may be there; whatever came behind it would be lost with it.
-                self.durable = written == len(line)
-                self._end += len(line) if self.durable else 0
+            self._end += len(line)
+            self._unwritten += line
+            self._write()
             self._waiting.append((record, self._end))
             self._changed.notify_all()
+
+    def _write(self) -> None:
+        """Bring what is not there yet to the disk, all of it or nothing."""
+        try:
+            if self._file.write(self._unwritten) == len(self._unwritten):
+                self._unwritten, self._written = b"", self._end
+                return
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):  # else half a line would stand before the next
+            self._file.truncate(self._written)
+
+    @property
+    def durable(self) -> bool:
+        """Whether all records are on the disk."""
+        return not self._unwritten
 
     def new_folder(self) -> Path:
         """An empty folder, for a record to name as its `folder`; it goes when that is sent.
@@ -176,14 +193,22 @@ class Spool:
         """Count the oldest records as sent, and delete the folders they speak of."""
         with self._changed:
             gone = [self._waiting.popleft() for _ in range(records)]
-            with contextlib.suppress(OSError):  # they would be sent again, which does no harm
+            try:
                 _replace(self.folder / _SENT, str(gone[-1][1]))
+            except OSError:
+                return  # they may be sent again, and need their folders then
         for record, _ in gone:
             if "folder" in record:
                 shutil.rmtree(self.folder_of(record), ignore_errors=True)
 
     def close(self) -> None:
         """Let others have it; where nothing waits any more, nothing of it stays."""
+        with self._changed:
+            if not self._open:
+                return
+            self._open = False
+            if self._unwritten:
+                self._write()
         with contextlib.suppress(OSError):
             self._file.close()
         empty = not self._waiting
@@ -201,6 +226,32 @@ class Spool:
                 self.folder.parent.rmdir()  # unless there are other runs' in it
 
 
+def set_aside(folder: Path, run_id: str) -> Path | None:
+    """Move away a spool that waits for another run; what it holds must not be told to this one.
+
+    Args:
+        folder: of the spool, which need not be there.
+        run_id: of the run that wants the folder.
+
+    Returns:
+        Where it is now; None: there was none.
+
+    Raises:
+        InUseError: another process has it open.
+        NoSpoolError: it is damaged.
+        OSError: it cannot be moved.
+    """
+    if not (folder / _RUN).is_file():
+        return None
+    spool = Spool(folder)
+    other = spool.run.run_id != run_id and bool(spool.waiting())
+    spool.close()
+    if not other:
+        return None
+    aside = folder.with_name(f"{folder.name}.{spool.run.run_id[:8] or 'unrecorded'}")
+    return folder.rename(aside)
+
+
 def find_spools(folder: Path) -> list[Path]:
     """The spools in a folder, or the folder itself where it is one; sorted by name."""
     if (folder / _RUN).is_file():
@@ -210,15 +261,18 @@ def find_spools(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{_RUN}"))
 
 
-def last_told(records: list[Record], metric: str) -> int:
-    """The last step at which records have a metric; 0 where none does."""
-    told = [r["step"] for r in records if r["kind"] == "metrics" and metric in r["values"]]
-    return max(told, default=0)
+def steps_told(records: list[Record], metric: str) -> set[int]:
+    """The steps at which records have a metric."""
+    return {r["step"] for r in records if r["kind"] == "metrics" and metric in r["values"]}
 
 
-def metrics_told(records: list[Record]) -> frozenset[str]:
-    """The names of all metrics that records have."""
-    return frozenset(name for r in records if r["kind"] == "metrics" for name in r["values"])
+def metrics_told(records: list[Record]) -> dict[str, float]:
+    """The last value of each metric that records have."""
+    told: dict[str, float] = {}
+    for record in records:
+        if record["kind"] == "metrics":
+            told |= record["values"]
+    return told
 
 
 def newest_time(records: list[Record]) -> int:

@@ -29,7 +29,8 @@ class Synced:
         sent: records that arrived.
         left: records that still wait.
         models: URIs of models that were registered.
-        problem: why some are left.
+        problem: why some are left, or why it is not known.
+        in_use: whether a run is at work on them, which sends them itself.
     """
 
     run_name: str
@@ -38,6 +39,7 @@ class Synced:
     left: int
     models: list[str]
     problem: str | None
+    in_use: bool = False
 
 
 def sync(folders: list[Path], watcher: Watcher) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def sync(folders: list[Path], watcher: Watcher) -> dict[str, Any]:
         `runs`, as `Synced` has them, and `left`, the records of all that still wait.
 
     Raises:
-        UserError: a folder that was named holds nothing, or no MLflow server answers.
+        UserError: a folder that was named holds nothing, or no MLflow server answers for any run.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -59,23 +61,37 @@ def sync(folders: list[Path], watcher: Watcher) -> dict[str, Any]:
     spools = [spool for f in folders or map(Path, DEFAULT_FOLDERS) for spool in find_spools(f)]
     if folders and not spools:
         raise UserError(f"sync: no run's records wait in {', '.join(map(str, folders))}")
-    asked: set[str] = set()
-    runs = [_sync(folder, watcher, asked) for folder in spools]
+    runs, refused = [], None
+    for folder in spools:
+        try:
+            runs.append(_sync(folder, watcher))
+        except UserError as error:
+            refused = error
+            runs.append(Synced(folder.name, None, 0, 0, [], str(error)))
+    if refused is not None and not any(run.run_id for run in runs):
+        raise refused
     return {"runs": [asdict(run) for run in runs], "left": sum(run.left for run in runs)}
 
 
-def _sync(folder: Path, watcher: Watcher, asked: set[str]) -> Synced:
-    """One run's; `asked` are servers that have answered."""
+def _sync(folder: Path, watcher: Watcher) -> Synced:
+    """One run's.
+
+    Raises:
+        UserError: its server does not answer.
+    """
     try:
         spool = Spool(folder)
     except (InUseError, NoSpoolError, OSError) as error:
-        return Synced(folder.name, None, 0, 0, [], first_line(error))
+        in_use = isinstance(error, InUseError)
+        return Synced(folder.name, None, 0, 0, [], first_line(error), in_use)
     try:
         run = spool.run
         uri = from_environment() or run.tracking_uri
-        if uri not in asked:
-            check_tracking(uri)
-            asked.add(uri)
+        if not run.run_id:
+            raise UserError(f"{folder}: of a run that was not to be recorded; delete it")
+        if "***" in uri:
+            raise UserError(f"{folder}: {uri} wants its password; set MLFLOW_TRACKING_URI")
+        check_tracking(uri)
         watcher.phase(f"{run.run_name}: to {without_password(uri)}")
         total = len(spool.waiting())
         sender = MLflowSender(uri, spool)
@@ -91,10 +107,13 @@ def _sync(folder: Path, watcher: Watcher, asked: set[str]) -> Synced:
 
 def _send(spool: Spool, sender: MLflowSender, tell: Callable[[int], None]) -> str | None:
     """Send until all has arrived, or one record did not: then why."""
-    failures = 0
+    failures, looked = 0, False
     while records := spool.waiting():
         tell(len(records))
         try:
+            if not looked:
+                sender.be_careful_if_stale()
+                looked = True
             count = sender(records)
         except Exception as error:  # whatever MLflow or the network does; the record stays
             if failures == len(_PAUSES):

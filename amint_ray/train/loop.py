@@ -217,11 +217,15 @@ def _train_epoch(
     model.train()
     totals = torch.tensor(state.sums or [0.0] * len(SUMS), dtype=torch.float64).to(context.device)
     before: Step | None = None
-    recent = RecentSteps(context)
+    recent = RecentSteps(context, wanted=config.tracking.enabled)
     started, first = time.perf_counter(), state.step
 
     def settle(step: Step | None) -> None:
-        check_finite(step, config)
+        try:
+            check_finite(step, config)
+        except FloatingPointError:
+            recent.tell()  # the steps that led there
+            raise
         if step is not None:
             recent.add(step)
 

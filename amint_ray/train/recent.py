@@ -14,14 +14,16 @@ _SECONDS_TOGETHER = 5.0
 class RecentSteps:
     """Collects steps and tells the context of them: `steps`, from `first`, their `sums`."""
 
-    def __init__(self, context: RunContext) -> None:
-        self._context = context
+    def __init__(self, context: RunContext, *, wanted: bool) -> None:
+        self._context, self._wanted = context, wanted
         self._first = 0
         self._sums: list[list[float]] = []
         self._told = time.monotonic()
 
     def add(self, step: Step) -> None:
         """Take a step that is done."""
+        if not self._wanted:
+            return
         of = step.sums()
         self._first = self._first or step.number
         self._sums.append([of[name] for name in SUMS])

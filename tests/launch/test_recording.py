@@ -92,7 +92,7 @@ def test_points_are_means_over_steps(opening: Callable[..., Recording], kept: Ke
     run.tell_steps(1, [sums(1.0), sums(2.0), sums(3.0)])
     run.tell_steps(4, [sums(6.0), sums(9.0)])
     run.finish(Silent(), wait_seconds=1)
-    assert kept.points(STEP_METRIC) == [(2, 1.5), (4, 4.5)]
+    assert kept.points(STEP_METRIC) == [(2, 1.5), (4, 4.5), (5, 9.0)]  # and what was left
 
 
 def test_a_run_without_its_head_has_no_loss_of_it(
@@ -107,17 +107,29 @@ def test_a_run_without_its_head_has_no_loss_of_it(
 def test_a_run_that_goes_on_is_not_told_again(
     opening: Callable[..., Recording], kept: Kept
 ) -> None:
-    known = frozenset({EPOCH_METRIC, "task.accuracy"})
-    run = opening(OpenedRun("a" * 32, 0, True, last_epoch=2, last_step=6, metrics=known))
-    run.tell_epoch(epoch(2))
-    run.tell_epoch(epoch(3))
+    known = {EPOCH_METRIC: 0.25, "task.accuracy": 0.5, "task.accuracy.low": 0.3}
+    told = frozenset({1, 3})  # news of the second was lost
+    run = opening(OpenedRun("a" * 32, 0, True, epochs=told, last_step=6, metrics=known))
+    for number in (3, 4, 1, 2, 3, 4):
+        run.tell_epoch(epoch(number))
     run.tell_steps(5, [sums(float(step)) for step in (5, 6, 7)])
     figures = {"task": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}
     run.tell_figures(figures, step=3)
     run.finish(Silent(), wait_seconds=1)
-    assert kept.points(EPOCH_METRIC) == [(3, 3 / 8)]
+    assert kept.points(EPOCH_METRIC) == [(4, 4 / 8), (2, 2 / 8)]
     assert kept.points(STEP_METRIC) == [(7, 7.0)]
     assert kept.points("task.accuracy") == []
+    assert kept.points("task.accuracy.low") == [(3, 0.4)]  # evaluated otherwise
+
+
+def test_steps_that_are_lost_are_named(opening: Callable[..., Recording], kept: Kept) -> None:
+    watcher = Silent()
+    run = opening(OpenedRun("a" * 32, started=0), steps_per_point=3)
+    run.tell_steps(1, [sums(1.0)])
+    run.tell_steps(5, [sums(2.0), sums(4.0)])
+    run.finish(watcher, wait_seconds=1)
+    assert watcher.notices == ["the losses of steps 2 to 4 are not known"]
+    assert kept.points(STEP_METRIC) == [(1, 1.0), (6, 3.0)]
 
 
 def test_what_waits_from_before_counts_as_told(

@@ -153,6 +153,9 @@ def test_other_backbones_answer_by_their_program(small: Small, tmp_path: Path) -
         told = None if labels is None else labels[:n]
         asked = pixels[:n] if told is None else {"images": pixels[:n], "labels": told}
         _equal(predict(asked), loaded, pixels[:n], told)
+    for label in (-100, -1, CLASSES) if loaded.needs_labels else ():  # torch ignores -100
+        with pytest.raises(ValueError, match=f"class indices from 0 to {CLASSES - 1}"):
+            predict({"images": pixels[:1], "labels": np.array([label])})
 
 
 def test_a_model_without_a_trained_head_has_no_p_values(

@@ -9,6 +9,7 @@ from tracking.documents import CLEAN, COUNTS, a_document
 
 from amint_ray.config.load import load_config
 from amint_ray.config.schema import Config
+from amint_ray.contracts import Role
 from amint_ray.model.joint import plan_architecture
 from amint_ray.tracking.card import LONGEST_DESCRIPTION, model_card, shortened
 from amint_ray.tracking.run_log import environment
@@ -116,6 +117,8 @@ def test_a_model_without_its_head_promises_no_p_values() -> None:
     card = card_of(a_document(head_trained=False), load_config("digits", ["loss.lambda_mint=0"]))
     assert "MINT head: not trained" in card
     assert "p_values" not in card and "p-value" not in card
+    assert "cannot be asked about its training set" in card
+    assert [row(card, role.value)[-1] for role in Role] == ["no head was trained"] * len(Role)
     assert row(card, "loss threshold: AUC")[0].startswith("0.")
     assert "| AUC |" not in card
 

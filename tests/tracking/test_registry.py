@@ -308,9 +308,21 @@ def test_artifacts_that_were_changed_are_found_by_the_registry(
     listed["sha256"][stored.name] = hashlib.sha256(stored.read_bytes()).hexdigest()
     (stored.parent / "hashes.json").write_text(json.dumps(listed))
     amint_ray.load(str(stored.parent))
-    for uri in ("models:/m/1", "models:/m@champion"):
+    run_id = registered[0].get_model_version("m", "1").run_id
+    for uri in ("models:/m/1", "models:/m@champion", f"runs:/{run_id}/model"):
         with pytest.raises(UserError, match=rf"{uri}: hashes\.json is not what was registered"):
             amint_ray.load(uri)
+
+
+def test_a_version_that_somebody_made_of_the_same_run_stays(
+    registered: tuple[MlflowClient, str], folder: Path
+) -> None:
+    client = registered[0]
+    first = client.get_model_version("m", "1")
+    by_hand = client.create_model_version("m", first.source, first.run_id)
+    client.set_registered_model_alias("m", "mine", by_hand.version)
+    assert send(folder, "m", first.run_id) == "1"
+    assert client.get_model_version_by_alias("m", "mine").version == by_hand.version
 
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "", " ", ".", "a'b", "a%b"])

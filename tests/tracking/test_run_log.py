@@ -13,7 +13,7 @@ import pytest
 
 import amint_ray
 from amint_ray.config.load import load_config
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, first_line
 from amint_ray.tracking.run_log import (
     EPOCH_METRIC,
     STEP_METRIC,
@@ -33,7 +33,7 @@ def test_a_run_is_opened_in_a_file_and_found_again(tmp_path: Path) -> None:
     search = open_run(uri, config, run_name="a search", tags={})
     below = load_config("digits", [f"tracking.parent_run={search.run_id}"])
     opened = open_run(uri, below, run_name="a run", tags={"amint.manifest_fingerprint": "f"})
-    assert (opened.resumed, opened.last_epoch, opened.last_step) == (False, 0, 0)
+    assert (opened.resumed, opened.epochs, opened.last_step, opened.attempt) == (False, set(), 0, 1)
     client = mlflow.MlflowClient(uri)
     run = client.get_run(opened.run_id)
     assert run.info.status == "RUNNING"
@@ -49,8 +49,8 @@ def test_a_run_is_opened_in_a_file_and_found_again(tmp_path: Path) -> None:
     client.log_batch(opened.run_id, metrics=points)
     again = open_run(uri, below, run_name="a run", tags={}, resume=opened.run_id)
     assert (again.run_id, again.resumed) == (opened.run_id, True)
-    assert (again.last_epoch, again.last_step) == (3, 24)
-    assert again.metrics == {EPOCH_METRIC, STEP_METRIC}
+    assert (again.epochs, again.last_step, again.attempt) == ({3}, 24, 2)
+    assert again.metrics == {EPOCH_METRIC: 0.5, STEP_METRIC: 0.5}
     client.delete_run(opened.run_id)
     said: list[str] = []
     new = open_run(uri, config, run_name="a run", tags={}, resume=opened.run_id, notice=said.append)
@@ -145,5 +145,7 @@ def test_loading_where_nothing_was_trained_says_so_and_makes_nothing(
 
 
 def test_passwords_are_not_shown() -> None:
+    text = "API request to http://me:hunter2@127.0.0.1:9/api/2.0 failed"
+    assert first_line(OSError(text)) == text.replace("hunter2", "***")
     assert without_password("http://u:p%40ss@h:1/x") == "http://u:***@h:1/x"
     assert without_password("sqlite:///a.db") == "sqlite:///a.db"

@@ -155,6 +155,39 @@ def test_what_the_server_refuses_stays_and_is_named(
         sync([folder], Silent())
 
 
+def test_a_spool_of_a_run_that_went_on_elsewhere_doubles_nothing(
+    server: MlflowServer, new_spool: Callable[[], Spool]
+) -> None:
+    spool = new_spool()
+    for step in (1, 2, 3):
+        spool.append(metric(step))
+    spool.append({"kind": "status", "status": "KILLED", "time": 10**12})
+    folder, run_id = spool.folder, spool.run.run_id
+    spool.close()
+    elsewhere = open_run(
+        server.uri, load_config("digits"), run_name="a-run", tags={}, resume=run_id
+    )
+    assert elsewhere.attempt == 2
+    client = mlflow.MlflowClient(server.uri)
+    client.log_metric(run_id, "a", 0.5, timestamp=5, step=2)
+    client.set_terminated(run_id, "FINISHED")
+    assert sync([folder], Silent())["left"] == 0
+    assert [p.step for p in client.get_metric_history(run_id, "a")] == [2, 1, 3]
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_run_whose_answer_was_lost_is_there_once(server: MlflowServer) -> None:
+    config = load_config("digits", ["tracking.experiment=lost-answers"])
+    with door(server.uri, forwarded=True) as uri:
+        for number in range(3):
+            open_run(uri, config, run_name=f"run-{number}", tags={})
+    client = mlflow.MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name("lost-answers")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["run-0", "run-1", "run-2"]
+    assert all(run.data.params for run in runs)
+
+
 def test_versions_and_a_run_to_reproduce_are_read_from_a_server(
     server: MlflowServer, new_spool: Callable[[], Spool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

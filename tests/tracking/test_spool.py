@@ -18,9 +18,10 @@ from amint_ray.tracking.spool import (
     Spool,
     SpooledRun,
     find_spools,
-    last_told,
     metrics_told,
     newest_time,
+    set_aside,
+    steps_told,
 )
 
 RUN = SpooledRun("0" * 32, "digits-1", "http://127.0.0.1:5000")
@@ -103,7 +104,8 @@ def test_a_count_of_a_file_that_is_gone_hides_nothing_that_is_new(folder: Path) 
     spool.append(metric(2))
     spool.sent(1)
     spool.close()
-    (folder / "records.jsonl").unlink()
+    records = folder / "records.jsonl"
+    records.write_bytes(records.read_bytes()[:10])  # what was written last is lost
     spool = Spool(folder)
     spool.append(metric(3))
     spool.close()
@@ -153,10 +155,68 @@ def test_a_full_disk_loses_nothing_that_can_still_be_sent(folder: Path, small_fi
         spool.append(metric(step))
     assert not spool.durable
     assert spool.waiting() == [metric(step) for step in range(4)]
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [metric(0), metric(1)]  # no half line
+    spool.sent(3)
     spool.close()
     again = Spool(folder)
-    assert again.waiting() == [metric(0), metric(1)]  # whole lines alone
+    assert again.waiting() == []  # two were sent, and the disk had no room for the last
+    again.append(metric(7))
+    assert again.waiting() == [metric(7)]
     again.close()
+
+
+def test_a_disk_that_has_room_again_gets_what_waited(folder: Path) -> None:
+    spool = Spool(folder, RUN)
+    spool.append(metric(0))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        spool.append(metric(1))
+        assert not spool.durable
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    spool.append(metric(2))
+    assert spool.durable
+    spool.sent(1)
+    spool.close()
+    again = Spool(folder)
+    assert again.waiting() == [metric(1), metric(2)]
+    again.close()
+
+
+def test_a_folder_stays_where_it_cannot_be_noted_that_it_was_sent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(folder, RUN)
+    place = spool.new_folder()
+    spool.append({"kind": "files", "folder": place.name})
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("amint_ray.tracking.spool._replace", full)
+    spool.sent(1)
+    assert place.is_dir()
+    spool.close()
+
+
+def test_what_waits_for_another_run_is_not_told_to_this_one(folder: Path) -> None:
+    assert set_aside(folder, RUN.run_id) is None
+    spool = Spool(folder, RUN)
+    spool.append(metric(1))
+    with pytest.raises(InUseError):
+        set_aside(folder, "1" * 32)
+    spool.close()
+    assert set_aside(folder, RUN.run_id) is None
+    aside = set_aside(folder, "1" * 32)
+    assert aside == folder.with_name("digits-1.00000000")
+    kept = Spool(aside)
+    assert kept.waiting() == [metric(1)]
+    kept.close()
+    assert not folder.exists()
 
 
 def test_spools_are_found(tmp_path: Path) -> None:
@@ -172,9 +232,9 @@ def test_spools_are_found(tmp_path: Path) -> None:
 
 def test_what_records_tell() -> None:
     records = [metric(3), {"kind": "status", "status": "KILLED", "time": 1700}, metric(2)]
-    assert last_told(records, "a") == 3
-    assert last_told(records, "b") == 0
-    assert metrics_told(records) == {"a"}
+    assert steps_told(records, "a") == {2, 3}
+    assert steps_told(records, "b") == set()
+    assert metrics_told(records) == {"a": 1.0}
     assert newest_time(records) == 1700
     assert newest_time([]) == 0
 

@@ -54,6 +54,8 @@ def test_the_step_its_losses_and_its_samples_are_named(
     assert text.startswith("MINT loss nan" if lambda_mint else "MINT loss 0", text.index("MINT"))
     assert set(re.findall(r"s/\d+", text)) == ids_of_step(config, step)
     assert len(text.splitlines()) == 1
+    told = [event for event in context.events if event["phase"] == "steps"]
+    assert sum(len(event["sums"]) for event in told) == step - 1  # those that led there
     # The checkpoints before it are all there are, and whole.
     files = sorted(p.name for p in tmp_path.iterdir())
     assert files == [f"checkpoint_{i:06d}" for i in range(1, epoch)]
