@@ -10,7 +10,8 @@ import pytest
 from launch.silent import Silent
 
 from amint_ray.contracts import RunError, UserError
-from amint_ray.launch.recording import Recording, _Open
+from amint_ray.launch.recording import Recording
+from amint_ray.launch.records import RunRecords
 from amint_ray.tracking.run_log import EPOCH_METRIC, STEP_METRIC, OpenedRun
 from amint_ray.tracking.spool import Record, Spool, SpooledRun
 
@@ -48,7 +49,7 @@ def kept() -> Kept:
 def opening(tmp_path: Path, kept: Kept) -> Callable[..., Recording]:
     def make(run: OpenedRun, *, steps_per_point: int = 1) -> Recording:
         return Recording(
-            lambda: _Open(
+            lambda: RunRecords(
                 run, Spool(tmp_path / "spool" / "r", RUN), kept, steps_per_point=steps_per_point
             )
         )
@@ -160,7 +161,7 @@ def test_a_clock_that_goes_back_leaves_times_in_order(
     clock = itertools.chain([2000.0, 2001.0, 500.0, 501.0], itertools.repeat(502.0))
     run = opening(OpenedRun("a" * 32, started=1_999_000))
     assert run.run_id == "a" * 32  # it is open, before the clock is changed
-    monkeypatch.setattr("amint_ray.launch.recording.time.time", lambda: next(clock))
+    monkeypatch.setattr("amint_ray.launch.records.time.time", lambda: next(clock))
     for number in range(1, 4):
         run.tell_epoch(epoch(number))
     run.tell_machine(0, {"cpu_utilization_percentage": 50.0})
@@ -209,7 +210,7 @@ def test_files_that_storage_does_not_take_fail_a_run_that_has_no_other_place(
 
 
 def test_a_run_that_cannot_be_opened_says_so_once(tmp_path: Path) -> None:
-    def fails() -> _Open:
+    def fails() -> RunRecords:
         raise UserError("tracking: MLflow takes no run")
 
     run, watcher = Recording(fails), Silent()
