@@ -29,6 +29,15 @@ IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}  # a minute by defau
 ONCE = list(range(1, EPOCHS + 1))
 
 
+def check_steps(uri: str, run_id: str, *, lost: int = 0) -> None:
+    """Every step's losses are there once, but for those that a killed driver had not told."""
+    history = mlflow.MlflowClient(uri).get_metric_history(run_id, "step/task_loss")
+    steps = [point.step for point in history]
+    assert steps == sorted(set(steps))
+    assert steps[-1] % EPOCHS == 0
+    assert steps[-1] - len(steps) <= lost
+
+
 def told(uri: str, run_id: str) -> list[int]:
     """The steps at which MLflow was told of an epoch."""
     history = mlflow.MlflowClient(uri).get_metric_history(run_id, "train/task_loss")
@@ -126,6 +135,7 @@ def test_killed_three_times_and_without_storage_a_run_ends_as_if_nothing_had_hap
     assert len(list(bucket.rglob("checkpoint_*/state.json"))) == 2
     assert not list((bucket / "unfinished").rglob("*.json"))
     assert told(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"]) == ONCE
+    check_steps(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"])
     run = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"]).get_run(document["run_id"])
     assert run.info.status == "FINISHED"
 
@@ -155,6 +165,7 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     assert command.leftovers() == []
     uri = stack.environment["MLFLOW_TRACKING_URI"]
     assert told(uri, document["run_id"]) == ONCE
+    check_steps(uri, document["run_id"])
     losses = mlflow.MlflowClient(uri).get_metric_history(document["run_id"], "train/task_loss")
     assert all(math.isfinite(point.value) for point in losses)
     assert losses[-1].value < 0.1 < losses[0].value
@@ -213,4 +224,6 @@ def test_the_same_command_goes_on_where_a_killed_driver_was(
     (only,) = client.search_runs(["1"], f"attributes.run_name = '{run.name}'")
     assert (only.info.run_id, only.info.status) == (document["run_id"], "FINISHED")
     assert told(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"]) == ONCE
+    # What the killed driver had just taken off the workers may be gone with it.
+    check_steps(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"], lost=40)
     assert command.leftovers() == []
