@@ -204,9 +204,11 @@ def load(uri: str) -> RegisteredModel:
     Raises:
         UserError: there is no such model, or its files are not those that were registered.
     """
+    if not isinstance(uri, str) or not uri:
+        raise UserError(f"{uri!r} is neither a model's URI nor a folder; give {_FORMS}")
     if Path(uri).is_dir():
         return _read(Path(uri), uri, None)
-    if re.match(r"(models|runs|mlflow-artifacts|s3|gs|file|https?):/", uri) is None:
+    if re.match(r"(models|runs|mlflow-artifacts|s3|gs|file):/", uri) is None:
         raise UserError(f"{uri}: neither a model's URI nor a folder; give {_FORMS}")
     import mlflow
 
@@ -225,8 +227,8 @@ def load(uri: str) -> RegisteredModel:
         except UserError:
             raise
         except Exception as error:  # MLflow's, the network's, a URI that is none
-            where = without_password(mlflow.get_tracking_uri())
-            raise UserError(f"{uri}: cannot be loaded from {where}: {first_line(error)}") from error
+            where = f" from {without_password(mlflow.get_tracking_uri())}" if needed else ""
+            raise UserError(f"{uri}: cannot be loaded{where}: {first_line(error)}") from error
         return _read(Path(folder), uri, expected)
 
 

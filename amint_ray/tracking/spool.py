@@ -1,6 +1,6 @@
 """What an MLflow run is told waits on the local disk until the server has it.
 
-    RUN/run.json         which run, of which server
+    RUN/spool.json       which run, of which server
     RUN/records.jsonl    what it is told, one record a line, in order
     RUN/sent             how many bytes of that the server has
     RUN/files/N/         folders that records speak of
@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-_RUN, _RECORDS, _SENT, _FILES, _LOCK = "run.json", "records.jsonl", "sent", "files", "lock"
+_RUN, _RECORDS, _SENT, _FILES, _LOCK = "spool.json", "records.jsonl", "sent", "files", "lock"
 
 Record = dict[str, Any]
 """`kind`, and what `tracking/sending.py` wants of that kind; plain JSON."""

@@ -57,7 +57,7 @@ def sync(folders: list[Path], watcher: Watcher) -> dict[str, Any]:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"sync: there is no folder {str(folder)!r}")
+            raise UserError(f"sync: {str(folder)!r} is no folder")
     spools = [spool for f in folders or map(Path, DEFAULT_FOLDERS) for spool in find_spools(f)]
     if folders and not spools:
         raise UserError(f"sync: no run's records wait in {', '.join(map(str, folders))}")

@@ -151,7 +151,7 @@ def test_what_the_server_refuses_stays_and_is_named(
     assert run_id in document["runs"][0]["problem"]
     client.restore_run(run_id)
     assert sync([folder], Silent())["left"] == 0
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="is no folder"):
         sync([folder], Silent())
 
 

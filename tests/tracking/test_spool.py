@@ -65,7 +65,7 @@ def test_nothing_stays_when_all_is_sent(folder: Path) -> None:
     assert not place.exists()
     spool.close()
     assert not folder.parent.exists()
-    with pytest.raises(NoSpoolError, match=r"run\.json"):
+    with pytest.raises(NoSpoolError, match=r"spool\.json"):
         Spool(folder)
 
 
@@ -85,7 +85,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_the_next_is_whole(folder: Pat
     spool.close()
 
 
-@pytest.mark.parametrize("name", ["run.json", "records.jsonl"])
+@pytest.mark.parametrize("name", ["spool.json", "records.jsonl"])
 def test_damage_is_told_and_nothing_is_deleted(folder: Path, name: str) -> None:
     spool = Spool(folder, RUN)
     spool.append(metric(1))
