@@ -225,7 +225,7 @@ def _create(
         _log_params(client, run_id, config)
         client.log_text(run_id, to_yaml(config), "config.yaml")
         client.log_dict(run_id, environment(), "environment.json")
-    except BaseException:
+    except BaseException:  # a signal, too: no run is to stay RUNNING that nobody works on
         with contextlib.suppress(Exception):
             client.set_terminated(run_id, "FAILED")
         raise

@@ -95,7 +95,7 @@ class Spool:
                 _replace(folder / _RUN, json.dumps(asdict(run), indent=2))
             self._read_records()
             self._file = (folder / _RECORDS).open("ab", buffering=0)
-        except BaseException:
+        except BaseException:  # a signal, too: the lock must not outlive what could not be opened
             self._lock.release()
             raise
         self._written = self._file.tell()
