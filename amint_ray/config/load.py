@@ -45,9 +45,9 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
         UserError: no such recipe, a file that does not parse, an unknown key, a wrong type, a
             value out of range. The text names key, value and what is allowed.
     """
-    tree = OmegaConf.create() if recipe is None else _read_yaml(recipe)
+    tree = OmegaConf.create() if recipe is None else read_tree(recipe)
     for override in overrides:
-        tree = _merge(tree, override)
+        tree = merge_override(tree, override)
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -55,9 +55,14 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [f"config: {_explain(e)}" for e in _roots(error.errors())]
-        more = [f"config: and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-        raise UserError("\n".join(lines[:_MOST_LINES] + more)) from error
+        raise UserError("\n".join(f"config: {line}" for line in explain(error, Config))) from error
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """A line for each of the first few things that pydantic found wrong with a `root`."""
+    lines = [_explain(e, root) for e in _roots(error.errors())]
+    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return lines[:_MOST_LINES] + more
 
 
 def to_yaml(config: Config) -> str:
@@ -104,7 +109,7 @@ def training_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_yaml(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
+def read_tree(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
     """A recipe or file as a tree, on top of what it extends.
 
     Args:
@@ -134,7 +139,7 @@ def _read_yaml(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
         )
     if "name" not in tree:
         tree["name"] = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(recipe).stem).strip("-_") or "custom"
-    below = [_read_yaml(_beside(recipe, base), (*within, where)) for base in bases]
+    below = [read_tree(_beside(recipe, base), (*within, where)) for base in bases]
     merged = OmegaConf.merge(*below, tree)
     assert isinstance(merged, DictConfig)
     return merged
@@ -173,7 +178,12 @@ def _read_text(recipe: str) -> tuple[str, str]:
     )
 
 
-def _merge(tree: DictConfig, override: str) -> DictConfig:
+def merge_override(tree: DictConfig, override: str) -> DictConfig:
+    """The tree with one `key.path=value` applied.
+
+    Raises:
+        UserError: it is of another form, or gives no value.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"config: override {override!r} is not of the form key.path=value")
@@ -205,14 +215,14 @@ def _roots(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or "the configuration"
     value = _shown(error["input"])
     if error["type"] == "extra_forbidden":
-        valid = _keys_at(path[:-1])
-        hint = _nearest(path, valid)
+        valid = _keys_at(path[:-1], root)
+        hint = _nearest(path, valid, root)
         where = f"in {'.'.join(path[:-1])!r}" if path[:-1] else "at the top level"
         return f"unknown key {key!r} (value {value}){hint}; keys {where}: {', '.join(valid)}"
     message = error["msg"].removeprefix("Value error, ")
@@ -233,22 +243,28 @@ def _shown(value: Any) -> str:
     return textwrap.shorten(repr(value), 80, placeholder=" …")[:80]
 
 
-def _nearest(path: Sequence[str], valid: Sequence[str]) -> str:
+def nearest_key(key: str) -> str:
+    """The configuration's key that was probably meant, in words; empty where none is like it."""
+    path = key.split(".")
+    return _nearest(path, _keys_at(path[:-1]), Config)
+
+
+def _nearest(path: Sequence[str], valid: Sequence[str], root: type[BaseModel]) -> str:
     """The key that was probably meant: the same word elsewhere, or a like one here or anywhere."""
-    key = ".".join(path)
-    same = [known for known in _all_keys() if known.rsplit(".", 1)[-1] == path[-1]]
+    key, every = ".".join(path), _all_keys(root)
+    same = [known for known in every if known.rsplit(".", 1)[-1] == path[-1]]
     here = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
     candidates = [
         *(same if len(same) == 1 else []),
         *(".".join([*path[:-1], near]) for near in here),
         *same,
-        *difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.5),
+        *difflib.get_close_matches(key, every, n=1, cutoff=0.5),
     ]
     return f", did you mean {candidates[0]!r}" if candidates else ""
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _keys_at(path: Sequence[str], root: type[BaseModel] = Config) -> list[str]:
+    section = root
     for part in path:
         field = section.model_fields.get(part)
         annotation = field.annotation if field else None
@@ -260,10 +276,10 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _all_keys(prefix: tuple[str, ...] = ()) -> list[str]:
+def _all_keys(root: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[str]:
     keys: list[str] = []
-    for name in _keys_at(prefix):
-        below = _all_keys((*prefix, name)) if _keys_at((*prefix, name)) else []
+    for name in _keys_at(prefix, root):
+        below = _all_keys(root, (*prefix, name)) if _keys_at((*prefix, name), root) else []
         keys += below or [".".join((*prefix, name))]
     return keys
 

@@ -9,25 +9,62 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
 from pyarrow.fs import FileSelector
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
 
-from amint_ray.config.schema import Storage
+from amint_ray.config.schema import Config, Storage
 from amint_ray.contracts import RunError, UserError, Watcher
 from amint_ray.launch.cluster import address_of
-from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.progress import Receiver
-from amint_ray.launch.recording import Recording
 from amint_ray.launch.snapshot import mend_snapshot
 from amint_ray.launch.waiting import Waiting
 from amint_ray.launch.worker import train_worker
+from amint_ray.model.joint import Architecture
 from amint_ray.storage import Location
 
 _SECONDS_BETWEEN_POLLS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained.
+
+    Attributes:
+        config: the whole configuration, settled.
+        run_name: names the folder of its checkpoints, and its news.
+        architecture: of the model.
+        manifest: fingerprint of images and roles.
+        storage: what the folder lies in.
+        goes_on: whether the folder may hold checkpoints of the same training.
+        score: whether all samples are scored at the end, which then has a checkpoint.
+        inherit: checkpoint of another training to go on from, where the folder has none.
+    """
+
+    config: Config
+    run_name: str
+    architecture: Architecture
+    manifest: str
+    storage: Location
+    goes_on: bool
+    score: bool = True
+    inherit: ray.train.Checkpoint | None = None
+
+
+class Listener(Protocol):
+    """Whoever is told of a training."""
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """News from the workers, or an epoch's entry of their history, which may come twice."""
+
+    def check(self, watcher: Watcher) -> None:
+        """Called a few times a second; may raise to end the training."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +72,7 @@ class Fitted:
     """A finished training.
 
     Attributes:
-        checkpoint: the last one, with weights and scores.
+        checkpoint: the last one, with weights and scores; None where there was to be none.
         seconds: of `workers` (started and stopped), `train` and `evaluate`.
         steps_per_second: median over the epochs.
         lost: images that could not be read when their turn came: the reason by sample id.
@@ -43,7 +80,7 @@ class Fitted:
         workers: how many there were at the end.
     """
 
-    checkpoint: ray.train.Checkpoint
+    checkpoint: ray.train.Checkpoint | None
     seconds: dict[str, float]
     steps_per_second: float
     lost: dict[str, str]
@@ -55,10 +92,22 @@ class DivergedError(RunError):
     """A loss that is not finite; the same run would end in it again."""
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without the process that Ray starts beside each training to clean up after its controller.
+
+    Where this process dies, Ray frees what the job had; where a trial dies, `orphans.py` does. That
+    process costs seconds of a core and stays for minutes; without Ray's dashboard, for ever.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        usual = super()._create_default_callbacks()
+        return [found for found in usual if not isinstance(found, PlacementGroupCleanerCallback)]
+
+
 def fit(
-    prepared: Prepared,
+    job: Job,
     data: Mapping[str, Any],
-    run: Recording,
+    listener: Listener,
     watcher: Watcher,
     *,
     workers: int | tuple[int, int],
@@ -68,10 +117,10 @@ def fit(
     """Train on `workers` processes.
 
     Args:
-        prepared: the run's settings.
+        job: what is to be trained.
         data: what the workers read (`worker.open_streams`), in Ray's object store: those of a node
             share it.
-        run: the MLflow run, perhaps still on its way; is told of each epoch.
+        listener: is told what is to be kept of the news.
         watcher: gets the loop's news.
         workers: how many; (fewest, most) where their number may change in mid-run.
         use_gpu: whether each has one.
@@ -81,25 +130,27 @@ def fit(
         UserError: one does not see it.
         RunError: the training failed for good.
     """
-    config, storage = prepared.config, prepared.storage
+    config, storage = job.config, job.storage
     joined = address_of(config.cluster) is not None
     fewest = workers if isinstance(workers, int) else workers[0]
-    receiver = Receiver(prepared.run_name)
+    receiver = Receiver(job.run_name)
     for event in receiver.poll():  # of a driver that was killed before it looked
-        _record(event, run)
+        listener.hear(event)
     receiver.close()  # a try of this run that was killed may have left word that it gave up
-    if prepared.earlier is not None:
-        run_folder = storage.below(prepared.run_name)
+    if job.goes_on:
+        run_folder = storage.below(job.run_name)
         mend_snapshot(run_folder, watcher, keep_best=config.storage.keep_best)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={
             "config": config,
-            "run_name": prepared.run_name,
+            "run_name": job.run_name,
             # By reference: the controller reads this, and would import timm for what it has no use.
-            "architecture": ray.put(prepared.architecture),
-            "manifest": prepared.dataset.index.manifest.fingerprint,
+            "architecture": ray.put(job.architecture),
+            "manifest": job.manifest,
             "data": data,
+            "score": job.score,
+            "inherit": job.inherit,
             # On object storage, and on one machine, there is nothing to be found out.
             "sign": sign if joined and not storage.remote else None,
         },
@@ -114,12 +165,12 @@ def fit(
             | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=prepared.run_name,
+            name=job.run_name,
             storage_path=storage.path,
             storage_filesystem=storage.filesystem if storage.remote else None,
             checkpoint_config=_checkpoint_config(config.storage),
             failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-            callbacks=[Waiting(prepared.run_name, config.cluster, fewest)] if joined else [],
+            callbacks=[Waiting(job.run_name, config.cluster, fewest)] if joined else [],
         ),
     )
     number = workers if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
@@ -127,7 +178,7 @@ def fit(
     called = time.time()
     running = _InThread(trainer.fit)
     try:
-        _follow(running, receiver, run, watcher)
+        _follow(running, receiver, listener, watcher)
     finally:
         with contextlib.suppress(Exception):  # which must not hide why this ends
             receiver.close()
@@ -144,13 +195,14 @@ def fit(
     if "failed" in home:
         kind = DivergedError if home["diverged"] else RunError
         raise kind(f"training failed: {home['failed']}")
-    _remove_orphans(storage.below(prepared.run_name), result)
+    if job.score:
+        _remove_orphans(storage.below(job.run_name), result)
     for entry in home["history"]:  # news of some may have been lost with a worker
-        run.tell_epoch(entry)
+        listener.hear({"phase": "epoch", **entry})
     seconds = home["seconds"]
     start_and_stop = home["entered"] - called + seconds["setup"] + returned - home["left"]
     return Fitted(
-        result.checkpoint,
+        result.checkpoint if job.score else None,
         {"workers": start_and_stop, "train": seconds["train"], "evaluate": seconds["evaluate"]},
         statistics.median(entry["train/steps_per_second"] for entry in home["history"]),
         home["lost"],
@@ -159,31 +211,20 @@ def fit(
     )
 
 
-def _follow(running: _InThread, receiver: Receiver, run: Recording, watcher: Watcher) -> None:
+def _follow(running: _InThread, receiver: Receiver, listener: Listener, watcher: Watcher) -> None:
     """Pass the workers' news on until they end."""
     done = False
     while not done:
         watcher.heartbeat()
         done = not running.is_alive()  # asked before the last poll, so that no news is missed
-        run.check(watcher)
+        listener.check(watcher)
         for event in receiver.poll():
-            _record(event, run)
+            listener.hear(event)
             if event["phase"] == "notice":
                 watcher.notice(event["text"])
             watcher.event(event)
         if not done:
             time.sleep(_SECONDS_BETWEEN_POLLS)
-
-
-def _record(event: Mapping[str, Any], run: Recording) -> None:
-    """Tell the MLflow run what it wants to know of the workers' news."""
-    match event["phase"]:
-        case "steps":
-            run.tell_steps(event["first"], event["sums"])
-        case "machine":
-            run.tell_machine(event["node"], event["values"])
-        case "epoch":
-            run.tell_epoch(event)
 
 
 def _remove_orphans(run: Location, result: ray.train.Result) -> None:

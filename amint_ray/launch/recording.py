@@ -10,24 +10,28 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from amint_ray.config.schema import Config
+from amint_ray.config.schema import Config, Tracking
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.data.roles import Manifest
 from amint_ray.launch.beside import StorageSender
+from amint_ray.launch.dataset import Dataset
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.records import RunRecords
 from amint_ray.launch.runs import RunRecord
 from amint_ray.launch.time_limit import InOrder
-from amint_ray.storage import without_secrets
+from amint_ray.storage import Location, without_secrets
 from amint_ray.tracking.run_log import (
+    NewRun,
     OpenedRun,
     Status,
     leaves,
     open_run,
+    run_of,
     without_password,
 )
 from amint_ray.tracking.sending import MLflowSender
@@ -77,17 +81,15 @@ class Recording:
     def _ask(self, call: Callable[[RunRecords], T]) -> T:
         return self._calls.submit(lambda: call(self._opening.result())).result()
 
-    def tell_epoch(self, entry: Mapping[str, float]) -> None:
-        """One epoch's metrics."""
-        self._tell(lambda run: run.epoch(entry))
-
-    def tell_steps(self, first: int, sums: Sequence[Sequence[float]]) -> None:
-        """The `SUMS` of consecutive steps, of which `first` is the first; both counted from 1."""
-        self._tell(lambda run: run.steps(first, sums))
-
-    def tell_machine(self, node: int, values: Mapping[str, float]) -> None:
-        """What a machine of the run does."""
-        self._tell(lambda run: run.machine(node, values))
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """News from the workers, of which MLflow is told what it wants to know."""
+        match event["phase"]:
+            case "steps":
+                self._tell(lambda run: run.steps(event["first"], event["sums"]))
+            case "machine":
+                self._tell(lambda run: run.machine(event["node"], event["values"]))
+            case "epoch":
+                self._tell(lambda run: run.epoch(event))
 
     def tell_figures(self, figures: Mapping[str, Any], *, step: int) -> None:
         """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
@@ -149,6 +151,28 @@ class Recording:
             f"yet registered; send what waits with `amint sync {run.spool.folder}`"
         )
         return run.versions, run.spool.folder
+
+    def end(self, status: Status, tags: Mapping[str, str]) -> None:
+        """Say how the run ended, and wait for nothing; `arrived` tells when MLflow has it all."""
+        self._ended = True
+
+        def tell(run: RunRecords) -> None:
+            run.tell("tags", values=dict(tags))
+            run.tell("status", status=status, time=run.now())
+
+        self._tell(tell)
+
+    def arrived(self) -> bool:
+        """Whether all that was told has arrived; the run is closed then."""
+        if not self._opening.done() or not all(call.done() for call in self._told):
+            return False
+        run = self._opening.result()
+        return not run.spool.waiting() and run.close()
+
+    def waiting(self) -> Path | None:
+        """Where records wait that MLflow did not take; the run is closed."""
+        run = self._opening.result()
+        return None if run.close() else run.spool.folder
 
     def mark(self, status: Status, watcher: Watcher) -> None:
         """Tell MLflow how the run ended; that it cannot be told must not hide why."""
@@ -239,60 +263,97 @@ def _patiently(
 
 def _open(prepared: Prepared, asked: Config, tags: Mapping[str, str]) -> RunRecords:
     """The MLflow run; and, beside the checkpoints, what is needed to go on with it."""
-    tracking, earlier = prepared.config.tracking, prepared.earlier
+    earlier, storage = prepared.earlier, prepared.storage
+
+    def opened(run: OpenedRun) -> None:
+        if earlier is None or earlier.mlflow_run_id != run.run_id:
+            RunRecord(
+                run_name=prepared.run_name,
+                mlflow_run_id=run.run_id,
+                manifest_fingerprint=prepared.dataset.index.manifest.fingerprint,
+                asked=asked.model_dump(mode="json"),
+                settled=prepared.config.model_dump(mode="json"),
+            ).write(storage)
+
+    return open_records(
+        prepared.config.tracking,
+        run_of(
+            prepared.config,
+            run_name=prepared.run_name,
+            tags={**data_tags(prepared.config, prepared.dataset, prepared.confounders), **tags},
+        ),
+        uri=prepared.tracking_uri,
+        files=storage.below(prepared.run_name),
+        spool=prepared.spool,
+        dataset=dataset_fields(prepared.config, prepared.dataset.index.manifest),
+        resume=None if earlier is None else earlier.mlflow_run_id or None,
+        tags=tags,
+        opened=opened,
+    )
+
+
+def open_records(
+    tracking: Tracking,
+    new: NewRun,
+    *,
+    uri: str,
+    files: Location,
+    spool: Path,
+    dataset: Mapping[str, str],
+    resume: str | None,
+    tags: Mapping[str, str],
+    opened: Callable[[OpenedRun], None] = lambda _: None,
+) -> RunRecords:
+    """An MLflow run that takes records, or what stands for it where MLflow is told nothing.
+
+    Args:
+        tracking: whether it is, and how.
+        new: what a run that is created is told.
+        uri: of MLflow.
+        files: where files are kept where MLflow is told nothing.
+        spool: folder in which records wait.
+        dataset: as from `dataset_fields`; told to a run that is created.
+        resume: id of the run to go on with.
+        tags: told to a run that goes on, too.
+        opened: called with the run before anything waits for it.
+
+    Raises:
+        UserError: MLflow takes no run, or another process has the spool.
+    """
     said: list[str] = []
     if tracking.enabled:
         run = _patiently(
-            open_run,
-            tracking.wait_seconds,
-            prepared.tracking_uri,
-            prepared.config,
-            run_name=prepared.run_name,
-            tags={**data_tags(prepared), **tags},
-            resume=None if earlier is None else earlier.mlflow_run_id or None,
-            notice=said.append,
+            open_run, tracking.wait_seconds, uri, new, resume=resume, notice=said.append
         )
     else:
         run = OpenedRun("", int(time.time() * 1000))
-    if earlier is None or earlier.mlflow_run_id != run.run_id:
-        RunRecord(
-            run_name=prepared.run_name,
-            mlflow_run_id=run.run_id,
-            manifest_fingerprint=prepared.dataset.index.manifest.fingerprint,
-            asked=asked.model_dump(mode="json"),
-            settled=prepared.config.model_dump(mode="json"),
-        ).write(prepared.storage)
-    uri = without_password(prepared.tracking_uri)
+    opened(run)
     try:
-        if (aside := set_aside(prepared.spool, run.run_id)) is not None:
+        if (aside := set_aside(spool, run.run_id)) is not None:
             said.append(f"what waits for another MLflow run is now in {aside}")
-        whose = SpooledRun(run.run_id, prepared.run_name, uri, run.attempt)
-        spool = Spool(prepared.spool, whose)
+        whose = SpooledRun(run.run_id, new.name, without_password(uri), run.attempt)
+        waiting = Spool(spool, whose)
     except (InUseError, NoSpoolError) as error:
         raise UserError(f"tracking.spool: {error}; wait for it, or move the folder away") from error
-    sender = (
-        MLflowSender(prepared.tracking_uri, spool)
-        if tracking.enabled
-        else StorageSender(prepared.storage.below(prepared.run_name), spool)
-    )
-    opened = RunRecords(run, spool, sender, steps_per_point=tracking.steps_per_point)
+    sender = MLflowSender(uri, waiting) if tracking.enabled else StorageSender(files, waiting)
+    records = RunRecords(run, waiting, sender, steps_per_point=tracking.steps_per_point)
     for text in said:
-        opened.delivery.say(text)
+        records.delivery.say(text)
     if run.resumed:
-        opened.tell("status", status="RUNNING", time=opened.now())
-        opened.tell("tags", values=dict(tags))
+        records.tell("status", status="RUNNING", time=records.now())
+        records.tell("tags", values=dict(tags))
     else:
-        opened.tell("dataset", fields=dataset_fields(prepared))
-    return opened
+        records.tell("dataset", fields=dict(dataset))
+    return records
 
 
-def dataset_fields(prepared: Prepared) -> dict[str, str]:
+def dataset_fields(config: Config, manifest: Manifest) -> dict[str, str]:
     """The set that D, E and all that is measured on come from, as an MLflow dataset.
 
     Its digest is the first 32 digits of the manifest's fingerprint: over every image's content and
     role.
     """
-    data, manifest = prepared.config.data, prepared.dataset.index.manifest
+    data = config.data
     path = None if data.path is None else without_secrets(data.path)
     kind = "code" if path is None else "s3" if path.startswith("s3://") else "local"
     return {
@@ -304,13 +365,15 @@ def dataset_fields(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def data_tags(prepared: Prepared) -> dict[str, str]:
+def data_tags(
+    config: Config, dataset: Dataset, confounders: Mapping[str, Any] | None
+) -> dict[str, str]:
     """What a reader of the run must know of its data."""
     tags = {
-        "amint.manifest_fingerprint": prepared.dataset.index.manifest.fingerprint,
-        "amint.data_mode": prepared.config.data.mode,
-        "amint.quarantined": str(len(prepared.dataset.index.quarantine)),
+        "amint.manifest_fingerprint": dataset.index.manifest.fingerprint,
+        "amint.data_mode": config.data.mode,
+        "amint.quarantined": str(len(dataset.index.quarantine)),
     }
-    if prepared.confounders is not None and prepared.confounders["clean"] is not None:
-        tags["amint.confounded"] = str(not prepared.confounders["clean"]).lower()
+    if confounders is not None and confounders["clean"] is not None:
+        tags["amint.confounded"] = str(not confounders["clean"]).lower()
     return tags

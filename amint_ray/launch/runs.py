@@ -89,7 +89,7 @@ def find_unfinished(config: Config, storage: Location, watcher: Watcher) -> RunR
         OSError: storage cannot be read.
     """
     folder = storage.below(f"unfinished/{fingerprint(config)}")
-    for name in sorted(_standing_still(folder, _beats(folder), watcher), reverse=True):
+    for name in sorted(standing_still(folder, beats(folder), watcher), reverse=True):
         try:
             return RunRecord.read(storage, name)
         except (FileNotFoundError, ValueError):  # it died before it was one, or while it became one
@@ -97,7 +97,7 @@ def find_unfinished(config: Config, storage: Location, watcher: Watcher) -> RunR
     return None
 
 
-def _standing_still(folder: Location, before: dict[str, bytes], watcher: Watcher) -> set[str]:
+def standing_still(folder: Location, before: dict[str, bytes], watcher: Watcher) -> set[str]:
     """Those runs whose drivers have died; waits until that is known of each.
 
     A driver cannot write while storage is away. The wait therefore begins anew after a look that
@@ -121,14 +121,14 @@ def _standing_still(folder: Location, before: dict[str, bytes], watcher: Watcher
         if time.monotonic() - looked < _BEAT_SECONDS / 2:
             continue
         looked = time.monotonic()
-        now = _beats(folder)
+        now = beats(folder)
         still = {name for name in still if now.get(name) == before[name]}
         if time.monotonic() - looked > _BEAT_SECONDS:
             since = time.monotonic()
     return still
 
 
-def _beats(folder: Location) -> dict[str, bytes]:
+def beats(folder: Location) -> dict[str, bytes]:
     """The number of each unfinished run."""
     found = {}
     for entry in list_files(folder, ".json"):
@@ -174,8 +174,8 @@ def open_run(
             "the weights: --force-resume goes on with the new values"
         )
     folder = storage.below(f"unfinished/{fingerprint(Config.model_validate(record.asked))}")
-    mine = {name: beat for name, beat in _beats(folder).items() if name == run_name}
-    if mine and not _standing_still(folder, mine, watcher):
+    mine = {name: beat for name, beat in beats(folder).items() if name == run_name}
+    if mine and not standing_still(folder, mine, watcher):
         raise UserError(
             f"--resume={run_name}: another process is at work on that run; wait until it has "
             "ended, or stop it first"
@@ -224,12 +224,18 @@ def alive(config: Config, storage: Location, run_name: str) -> Iterator[Location
     The sign stays when the body has ended; `finish` removes it where the next command of the same
     kind is not to go on with the run.
     """
-    folder = storage.below(f"unfinished/{fingerprint(config)}")
+    with beating(storage.below(f"unfinished/{fingerprint(config)}"), run_name) as sign:
+        yield sign
+
+
+@contextlib.contextmanager
+def beating(folder: Location, name: str) -> Iterator[Location]:
+    """While the body runs, let a number rise in `name`.json; gives the file's location."""
     hasty = folder.with_patience(seconds=_SECONDS_FOR_A_BEAT, attempts=1)
     stop = threading.Event()
 
     def beat(number: int) -> None:
-        with contextlib.suppress(OSError), write_atomically(hasty, f"{run_name}.json") as file:
+        with contextlib.suppress(OSError), write_atomically(hasty, f"{name}.json") as file:
             file.write(f"{time.time()} {number}".encode())
 
     def go_on() -> None:
@@ -242,7 +248,7 @@ def alive(config: Config, storage: Location, run_name: str) -> Iterator[Location
     thread = threading.Thread(target=go_on, daemon=True, name="alive")
     thread.start()
     try:
-        yield folder.below(f"{run_name}.json")
+        yield folder.below(f"{name}.json")
     finally:
         stop.set()
         thread.join(_SECONDS_TO_STOP)  # storage may be away

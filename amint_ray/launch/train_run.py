@@ -126,12 +126,20 @@ def run_training(
             recording(prepared, asked, watcher, tags={**job_tags(workers), **(tags or {})}) as run,
         ):
             from amint_ray.launch import record
-            from amint_ray.launch.fit import DivergedError, fit
+            from amint_ray.launch.fit import DivergedError, Job, fit
 
             data, prepared = share(prepared)
+            job = Job(
+                config=prepared.config,
+                run_name=prepared.run_name,
+                architecture=prepared.architecture,
+                manifest=prepared.dataset.index.manifest.fingerprint,
+                storage=prepared.storage,
+                goes_on=prepared.earlier is not None,
+            )
             try:
                 fitted = fit(
-                    prepared,
+                    job,
                     data,
                     run,
                     watcher,
@@ -146,6 +154,7 @@ def run_training(
             for phase, seconds in fitted.seconds.items():
                 clock.add(phase, seconds)
             watcher.phase("recording")
+            assert fitted.checkpoint is not None
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
                 last = Path(folder)
                 document = record.record(

@@ -140,22 +140,62 @@ EPOCH_METRIC, STEP_METRIC = "train/task_loss", "step/task_loss"
 """That each epoch has, and each point within one; at steps that count epochs, and steps."""
 
 
+@dataclass(frozen=True)
+class NewRun:
+    """What a run is told when it is created.
+
+    Attributes:
+        experiment: that it belongs to.
+        name: its own.
+        tags: beside those that every run of ours gets.
+        params: as MLflow shows them; a value that is too long is cut.
+        texts: artifacts by name.
+        parent: id of the run that it is shown below.
+    """
+
+    experiment: str
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    texts: Mapping[str, str]
+    parent: str | None = None
+
+
+def run_of(config: Config, *, run_name: str, tags: Mapping[str, str]) -> NewRun:
+    """The run of a training.
+
+    Args:
+        config: the whole configuration.
+        run_name: its name.
+        tags: beside recipe and fingerprint.
+    """
+    return NewRun(
+        experiment=config.tracking.experiment,
+        name=run_name,
+        tags={
+            "amint.recipe": config.name,
+            "amint.config_fingerprint": fingerprint(config),
+            "mlflow.source.name": "amint train",
+            **tags,
+        },
+        params=flat(config.model_dump(mode="json")),
+        texts={"config.yaml": to_yaml(config)},
+        parent=config.tracking.parent_run,
+    )
+
+
 def open_run(
     uri: str,
-    config: Config,
+    new: NewRun,
     *,
-    run_name: str,
-    tags: Mapping[str, str],
     resume: str | None = None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> OpenedRun:
-    """Create a run and tell it its configuration, or find the one to go on with.
+    """Create a run, or find the one to go on with.
 
     Args:
         uri: of the server or database.
-        config: the whole configuration, which a new run is told.
-        run_name: its name.
-        tags: that a new run gets.
+        new: what a run that is created is told.
         resume: id of the run to go on with; where it is gone, a new one takes its place.
         notice: is told where that is so.
 
@@ -169,14 +209,14 @@ def open_run(
     try:
         with _alone_while_created(uri):
             client = mlflow.MlflowClient(uri)
-            experiment = _experiment(client, config.tracking.experiment)
+            experiment = _experiment(client, new.experiment)
         mlflow.set_experiment(experiment_id=experiment)  # where the model is logged, too
         if resume is not None:
             found = _find(client, resume)
             if found is not None:
                 return found
             notice(f"MLflow run {resume} is gone; a new one takes its place")
-        return _create(client, experiment, config, run_name=run_name, tags=tags)
+        return _create(client, experiment, new)
     except Exception as error:  # MLflow's own, SQLAlchemy's, the network's, the disk's
         raise UserError(
             f"tracking: MLflow at {without_password(uri)} takes no run: {first_line(error)}"
@@ -190,30 +230,20 @@ def be_brief() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 
-def _create(
-    client: MlflowClient,
-    experiment: str,
-    config: Config,
-    *,
-    run_name: str,
-    tags: Mapping[str, str],
-) -> OpenedRun:
+def _create(client: MlflowClient, experiment: str, new: NewRun) -> OpenedRun:
     parent = {}
-    if config.tracking.parent_run is not None:
-        parent = {"mlflow.parentRunId": client.get_run(config.tracking.parent_run).info.run_id}
+    if new.parent is not None:
+        parent = {"mlflow.parentRunId": client.get_run(new.parent).info.run_id}
     creation = uuid.uuid4().hex
     run = client.create_run(
         experiment,
-        run_name=run_name,
+        run_name=new.name,
         tags={
-            "amint.recipe": config.name,
-            "amint.config_fingerprint": fingerprint(config),
-            "mlflow.source.name": "amint train",
             ATTEMPT: "1",
             "amint.creation": creation,
             **git_commit(),
             **parent,
-            **tags,
+            **new.tags,
         },
     )
     run_id = str(run.info.run_id)
@@ -222,8 +252,9 @@ def _create(
         if other.info.run_id != run_id:
             client.delete_run(other.info.run_id)
     try:
-        _log_params(client, run_id, config)
-        client.log_text(run_id, to_yaml(config), "config.yaml")
+        _log_params(client, run_id, new.params)
+        for name, text in new.texts.items():
+            client.log_text(run_id, text, name)
         client.log_dict(run_id, environment(), "environment.json")
     except BaseException:  # a signal, too: no run is to stay RUNNING that nobody works on
         with contextlib.suppress(Exception):
@@ -262,6 +293,26 @@ def _find(client: MlflowClient, run_id: str) -> OpenedRun | None:
     )
 
 
+def find_tagged(uri: str, *, parent: str, tag: tuple[str, str]) -> str | None:
+    """Id of the run below another that has a tag; None where there is none.
+
+    Args:
+        uri: of the server or database.
+        parent: id of the other run.
+        tag: its name and value.
+    """
+    import mlflow
+
+    be_brief()
+    client = mlflow.MlflowClient(uri)
+    found = client.search_runs(
+        [client.get_run(parent).info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent}' and tags.`{tag[0]}` = '{tag[1]}'",
+        max_results=1,
+    )
+    return found[0].info.run_id if found else None
+
+
 def _experiment(client: MlflowClient, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -276,13 +327,10 @@ def _experiment(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _log_params(client: MlflowClient, run_id: str, config: Config) -> None:
+def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    params = [
-        Param(key, str(value)[:_LONGEST_PARAM])
-        for key, value in _flat(config.model_dump(mode="json")).items()
-    ]
+    params = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in values.items()]
     for start in range(0, len(params), 100):
         client.log_batch(run_id, params=params[start : start + 100])
 
@@ -336,15 +384,16 @@ def git_commit() -> dict[str, str]:
     return {"mlflow.source.git.commit": commit, "amint.git_clean": str(not changes).lower()}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping's values by dotted key; lists and empty mappings as JSON."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{name}.")
+            found |= flat(value, f"{name}.")
         else:
-            flat[name] = json.dumps(value) if isinstance(value, list | dict) else value
-    return flat
+            found[name] = json.dumps(value) if isinstance(value, list | dict) else value
+    return found
 
 
 def leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

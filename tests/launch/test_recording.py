@@ -70,12 +70,12 @@ def test_a_new_run_is_told_everything_once(
     opening: Callable[..., Recording], kept: Kept, tmp_path: Path
 ) -> None:
     run = opening(OpenedRun("a" * 32, started=0))
-    run.tell_steps(1, [sums(1.0), sums(2.0)])
-    run.tell_epoch(epoch(1))
+    run.hear({"phase": "steps", "first": 1, "sums": [sums(1.0), sums(2.0)]})
+    run.hear(epoch(1))
     # A worker died, and what came of it was lost: trained again from the last checkpoint.
-    run.tell_steps(2, [sums(2.0), sums(3.0)])
-    run.tell_epoch(epoch(1))
-    run.tell_epoch(epoch(2))
+    run.hear({"phase": "steps", "first": 2, "sums": [sums(2.0), sums(3.0)]})
+    run.hear(epoch(1))
+    run.hear(epoch(2))
     figures = {"task": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}
     run.tell_figures(figures, step=2)
     versions, waiting = run.finish(Silent(), wait_seconds=1)
@@ -90,8 +90,8 @@ def test_a_new_run_is_told_everything_once(
 
 def test_points_are_means_over_steps(opening: Callable[..., Recording], kept: Kept) -> None:
     run = opening(OpenedRun("a" * 32, started=0), steps_per_point=2)
-    run.tell_steps(1, [sums(1.0), sums(2.0), sums(3.0)])
-    run.tell_steps(4, [sums(6.0), sums(9.0)])
+    run.hear({"phase": "steps", "first": 1, "sums": [sums(1.0), sums(2.0), sums(3.0)]})
+    run.hear({"phase": "steps", "first": 4, "sums": [sums(6.0), sums(9.0)]})
     run.finish(Silent(), wait_seconds=1)
     assert kept.points(STEP_METRIC) == [(2, 1.5), (4, 4.5), (5, 9.0)]  # and what was left
 
@@ -100,7 +100,7 @@ def test_a_run_without_its_head_has_no_loss_of_it(
     opening: Callable[..., Recording], kept: Kept
 ) -> None:
     run = opening(OpenedRun("a" * 32, started=0))
-    run.tell_steps(1, [[4.0, 1.0, 4.0, 0.0, 0.0]])
+    run.hear({"phase": "steps", "first": 1, "sums": [[4.0, 1.0, 4.0, 0.0, 0.0]]})
     run.finish(Silent(), wait_seconds=1)
     assert kept.records[0]["values"] == {STEP_METRIC: 1.0}
 
@@ -112,8 +112,8 @@ def test_a_run_that_goes_on_is_not_told_again(
     told = frozenset({1, 3})  # news of the second was lost
     run = opening(OpenedRun("a" * 32, 0, True, epochs=told, last_step=6, metrics=known))
     for number in (3, 4, 1, 2, 3, 4):
-        run.tell_epoch(epoch(number))
-    run.tell_steps(5, [sums(float(step)) for step in (5, 6, 7)])
+        run.hear(epoch(number))
+    run.hear({"phase": "steps", "first": 5, "sums": [sums(float(step)) for step in (5, 6, 7)]})
     figures = {"task": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}
     run.tell_figures(figures, step=3)
     run.finish(Silent(), wait_seconds=1)
@@ -126,8 +126,8 @@ def test_a_run_that_goes_on_is_not_told_again(
 def test_steps_that_are_lost_are_named(opening: Callable[..., Recording], kept: Kept) -> None:
     watcher = Silent()
     run = opening(OpenedRun("a" * 32, started=0), steps_per_point=3)
-    run.tell_steps(1, [sums(1.0)])
-    run.tell_steps(5, [sums(2.0), sums(4.0)])
+    run.hear({"phase": "steps", "first": 1, "sums": [sums(1.0)]})
+    run.hear({"phase": "steps", "first": 5, "sums": [sums(2.0), sums(4.0)]})
     run.finish(watcher, wait_seconds=1)
     assert watcher.notices == ["the losses of steps 2 to 4 are not known"]
     assert kept.points(STEP_METRIC) == [(1, 1.0), (6, 3.0)]
@@ -138,8 +138,8 @@ def test_what_waits_from_before_counts_as_told(
 ) -> None:
     kept.refuses = True
     before = opening(OpenedRun("a" * 32, started=0))
-    before.tell_epoch(epoch(1))
-    before.tell_steps(1, [sums(1.0), sums(2.0)])
+    before.hear(epoch(1))
+    before.hear({"phase": "steps", "first": 1, "sums": [sums(1.0), sums(2.0)]})
     watcher = Silent()
     _, waiting = before.finish(watcher, wait_seconds=0.2)
     assert waiting is not None and waiting.is_dir()
@@ -147,9 +147,9 @@ def test_what_waits_from_before_counts_as_told(
     assert f"amint sync {waiting}" in watcher.notices[-1]
     kept.refuses = False
     after = opening(OpenedRun("a" * 32, 0, True))
-    after.tell_epoch(epoch(1))
-    after.tell_epoch(epoch(2))
-    after.tell_steps(2, [sums(2.0), sums(3.0)])
+    after.hear(epoch(1))
+    after.hear(epoch(2))
+    after.hear({"phase": "steps", "first": 2, "sums": [sums(2.0), sums(3.0)]})
     assert after.finish(Silent(), wait_seconds=1) == ({}, None)
     assert [step for step, _ in kept.points(EPOCH_METRIC)] == [1, 2]
     assert [step for step, _ in kept.points(STEP_METRIC)] == [1, 2, 3]
@@ -163,9 +163,9 @@ def test_a_clock_that_goes_back_leaves_times_in_order(
     assert run.run_id == "a" * 32  # it is open, before the clock is changed
     monkeypatch.setattr("amint_ray.launch.records.time.time", lambda: next(clock))
     for number in range(1, 4):
-        run.tell_epoch(epoch(number))
-    run.tell_machine(0, {"cpu_utilization_percentage": 50.0})
-    run.tell_machine(2, {"cpu_utilization_percentage": 60.0})
+        run.hear(epoch(number))
+    run.hear({"phase": "machine", "node": 0, "values": {"cpu_utilization_percentage": 50.0}})
+    run.hear({"phase": "machine", "node": 2, "values": {"cpu_utilization_percentage": 60.0}})
     run.finish(Silent(), wait_seconds=1)
     times = [record["time"] for record in kept.records]
     assert times == [2_000_000] + [2_001_000] * 5
@@ -176,7 +176,7 @@ def test_a_clock_that_goes_back_leaves_times_in_order(
 def test_a_run_that_ends_badly_is_marked(opening: Callable[..., Recording], kept: Kept) -> None:
     watcher = Silent()
     run = opening(OpenedRun("a" * 32, started=0))
-    run.tell_epoch(epoch(1))
+    run.hear(epoch(1))
     run.mark("KILLED", watcher)
     assert [record.get("status") for record in kept.records] == [None, "KILLED"]
     assert watcher.notices == [f"MLflow run {'a' * 32} is marked KILLED"]
@@ -214,7 +214,7 @@ def test_a_run_that_cannot_be_opened_says_so_once(tmp_path: Path) -> None:
         raise UserError("tracking: MLflow takes no run")
 
     run, watcher = Recording(fails), Silent()
-    run.tell_epoch(epoch(1))
+    run.hear(epoch(1))
     with pytest.raises(UserError, match="takes no run"):
         while True:
             run.check(watcher)

@@ -30,7 +30,7 @@ from amint_ray.launch.reproduce import (
     reproduce,
     verdict,
 )
-from amint_ray.tracking.run_log import environment, leaves, open_run
+from amint_ray.tracking.run_log import environment, leaves, open_run, run_of
 
 FIGURES = {
     "task": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}},
@@ -57,7 +57,7 @@ class Recorded:
 
     def run(self, folder: Path, manifest: Manifest | None, *, status: str = "FINISHED") -> str:
         tags = {} if manifest is None else {"amint.manifest_fingerprint": manifest.fingerprint}
-        run_id = open_run(self.uri, load_config("digits"), run_name="r", tags=tags).run_id
+        run_id = open_run(self.uri, run_of(load_config("digits"), run_name="r", tags=tags)).run_id
         metrics = {"train/task_loss": 0.5, "train/steps_per_second": 9.0}
         if manifest is not None:
             manifest.write(folder / "manifest.parquet")

@@ -20,7 +20,7 @@ from tracking.mlflow_server import MlflowServer
 import amint_ray
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
-from amint_ray.tracking.run_log import open_run
+from amint_ray.tracking.run_log import open_run, run_of
 from infra.local.object_store import ObjectStore
 from infra.local.stack import LocalStack
 
@@ -186,7 +186,7 @@ def test_with_a_password_and_artifacts_that_go_to_s3_directly(
     environment = {"MLFLOW_TRACKING_URI": server.uri, **object_store.environment}
     try:
         with pytest.raises(UserError, match="takes no run") as refused:
-            open_run(server.uri, load_config("digits"), run_name="nobody", tags={})
+            open_run(server.uri, run_of(load_config("digits"), run_name="nobody", tags={}))
         assert "\n" not in str(refused.value)
         someone = Command(tmp_path, arguments, environment={**environment, **admin})
         document = someone.document()

@@ -26,7 +26,7 @@ from amint_ray.contracts import UserError
 from amint_ray.model.joint import AuditedModel, plan_architecture
 from amint_ray.tracking import registry
 from amint_ray.tracking.folder import write_folder
-from amint_ray.tracking.run_log import check_tracking, open_run, tracking_uri
+from amint_ray.tracking.run_log import check_tracking, open_run, run_of, tracking_uri
 from amint_ray.train.state import save_weights
 
 CALIBRATION = np.linspace(-1, 1, 19)
@@ -89,7 +89,7 @@ def test_a_run_and_its_model_go_through_a_server(
     client = use(monkeypatch, server)
     assert tracking_uri() == server
     check_tracking(server)
-    run_id = open_run(server, load_config("digits"), run_name="a run", tags={}).run_id
+    run_id = open_run(server, run_of(load_config("digits"), run_name="a run", tags={})).run_id
     assert send(folder, "amint-digits", run_id, note="first") == "1"
     assert send(folder, "amint-digits", run_id, note="said again") == "1"
     assert send(folder, "amint-digits", new_run(client)) == "2"

@@ -20,6 +20,7 @@ from amint_ray.tracking.run_log import (
     check_tracking,
     leaves,
     open_run,
+    run_of,
     without_password,
 )
 
@@ -30,9 +31,11 @@ def test_a_run_is_opened_in_a_file_and_found_again(tmp_path: Path) -> None:
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = load_config("digits")
-    search = open_run(uri, config, run_name="a search", tags={})
+    search = open_run(uri, run_of(config, run_name="a search", tags={}))
     below = load_config("digits", [f"tracking.parent_run={search.run_id}"])
-    opened = open_run(uri, below, run_name="a run", tags={"amint.manifest_fingerprint": "f"})
+    opened = open_run(
+        uri, run_of(below, run_name="a run", tags={"amint.manifest_fingerprint": "f"})
+    )
     assert (opened.resumed, opened.epochs, opened.last_step, opened.attempt) == (False, set(), 0, 1)
     client = mlflow.MlflowClient(uri)
     run = client.get_run(opened.run_id)
@@ -47,13 +50,15 @@ def test_a_run_is_opened_in_a_file_and_found_again(tmp_path: Path) -> None:
     assert [each.info.run_id for each in shown] == [opened.run_id]
     points = [Metric(EPOCH_METRIC, 0.5, 1, 3), Metric(STEP_METRIC, 0.5, 1, 24)]
     client.log_batch(opened.run_id, metrics=points)
-    again = open_run(uri, below, run_name="a run", tags={}, resume=opened.run_id)
+    again = open_run(uri, run_of(below, run_name="a run", tags={}), resume=opened.run_id)
     assert (again.run_id, again.resumed) == (opened.run_id, True)
     assert (again.epochs, again.last_step, again.attempt) == ({3}, 24, 2)
     assert again.metrics == {EPOCH_METRIC: 0.5, STEP_METRIC: 0.5}
     client.delete_run(opened.run_id)
     said: list[str] = []
-    new = open_run(uri, config, run_name="a run", tags={}, resume=opened.run_id, notice=said.append)
+    new = open_run(
+        uri, run_of(config, run_name="a run", tags={}), resume=opened.run_id, notice=said.append
+    )
     assert new.run_id != opened.run_id
     assert said == [f"MLflow run {opened.run_id} is gone; a new one takes its place"]
 
@@ -62,7 +67,7 @@ def test_a_run_below_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = load_config("digits", ["tracking.parent_run=" + "a" * 32])
     with pytest.raises(UserError, match="takes no run: .*" + "a" * 32):
-        open_run(uri, config, run_name="a run", tags={})
+        open_run(uri, run_of(config, run_name="a run", tags={}))
 
 
 def test_the_leaves_of_a_document() -> None:
@@ -127,7 +132,7 @@ def test_a_database_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     path.write_text("this is no database, and long enough to be read as one" * 40)
     with pytest.raises(UserError, match="takes no run") as caught:
-        open_run(f"sqlite:///{path}", load_config("digits"), run_name="r", tags={})
+        open_run(f"sqlite:///{path}", run_of(load_config("digits"), run_name="r", tags={}))
     assert "\n" not in str(caught.value)
 
 

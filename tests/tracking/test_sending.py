@@ -18,7 +18,7 @@ from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
 from amint_ray.launch.reproduce import fetch
 from amint_ray.tracking.headline import headline_tags
-from amint_ray.tracking.run_log import open_run
+from amint_ray.tracking.run_log import open_run, run_of
 from amint_ray.tracking.sending import Delivery, MLflowSender
 from amint_ray.tracking.spool import Record, Spool, SpooledRun
 from amint_ray.tracking.sync import sync
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 @pytest.fixture
 def new_spool(tmp_path: Path, server: MlflowServer) -> Callable[[], Spool]:
     def make() -> Spool:
-        opened = open_run(server.uri, load_config("digits"), run_name="a-run", tags={})
+        opened = open_run(server.uri, run_of(load_config("digits"), run_name="a-run", tags={}))
         return Spool(tmp_path / "a-run", SpooledRun(opened.run_id, "a-run", server.uri))
 
     return make
@@ -165,7 +165,7 @@ def test_a_spool_of_a_run_that_went_on_elsewhere_doubles_nothing(
     folder, run_id = spool.folder, spool.run.run_id
     spool.close()
     elsewhere = open_run(
-        server.uri, load_config("digits"), run_name="a-run", tags={}, resume=run_id
+        server.uri, run_of(load_config("digits"), run_name="a-run", tags={}), resume=run_id
     )
     assert elsewhere.attempt == 2
     client = mlflow.MlflowClient(server.uri)
@@ -180,7 +180,7 @@ def test_a_run_whose_answer_was_lost_is_there_once(server: MlflowServer) -> None
     config = load_config("digits", ["tracking.experiment=lost-answers"])
     with door(server.uri, forwarded=True) as uri:
         for number in range(3):
-            open_run(uri, config, run_name=f"run-{number}", tags={})
+            open_run(uri, run_of(config, run_name=f"run-{number}", tags={}))
     client = mlflow.MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("lost-answers")
     runs = client.search_runs([experiment.experiment_id])

@@ -1,0 +1,384 @@
+"""A search space: what each key of the configuration may be, and drawing from it.
+
+loss.lambda_mint: {loguniform: [1.0e-3, 10]}    # uniform, likewise
+mint.hidden: {randint: [32, 256]}               # both ends are possible
+mint.taps: {choice: [entry, middle, output]}    # a list of any values
+mint.taps: {modules: 2}                         # any two modules that can be tapped
+mint.head: conv                                 # anything else: the same in all trials
+placement:                                      # a name of the user's: one of several branches
+branches:
+entry: {mint.taps: entry, mint.hidden: {randint: [32, 64]}}
+output: {mint.taps: output}
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+Settings = dict[str, Any]
+"""Values by dotted key."""
+
+
+class Trial(Protocol):
+    """Whoever picks the values; an `optuna.Trial` is one."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """One of the choices."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number from low to high."""
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """A whole number from low to high, both possible."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Real:
+    """A number between two; `log`: uniform on a logarithmic scale."""
+
+    low: float
+    high: float
+    log: bool
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number between two, both possible."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Modules:
+    """So many modules of the backbone; `names` (by depth) is filled in once the backbone is known.
+
+    `among` is a glob of names; None: stages and blocks.
+    """
+
+    count: int
+    among: str | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Branches:
+    """One of several spaces by name."""
+
+    spaces: dict[str, Space]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same in every trial."""
+
+    value: Any
+
+
+Parameter = Choice | Real | Integer | Modules | Branches | Constant
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is drawn, by key of the configuration or name of the branches."""
+
+    parameters: dict[str, Parameter]
+
+
+def parse_space(tree: Mapping[str, Any], where: str = "space") -> Space:
+    """The space that a mapping describes, as at the top of this module.
+
+    Raises:
+        ValueError: it describes none; the text says where.
+    """
+    if not isinstance(tree, Mapping) or not tree:
+        raise ValueError(f"{where}: a mapping of at least one key to what it may be is needed")
+    return Space({str(key): _parameter(value, f"{where}.{key}") for key, value in tree.items()})
+
+
+def _parameter(value: Any, where: str) -> Parameter:
+    if not isinstance(value, Mapping) or len(value) != 1:
+        return Constant(value)
+    ((kind, what),) = value.items()
+    read = _KINDS.get(kind)
+    return Constant(value) if read is None else read(what, where)
+
+
+def _choice(what: Any, where: str) -> Choice:
+    if not isinstance(what, list | tuple):
+        raise ValueError(f"{where}: choice = {what!r}: input should be a list of values")
+    if not what:
+        raise ValueError(f"{where}: the choice is empty; give it at least one value")
+    if len({json.dumps(value) for value in what}) < len(what):
+        raise ValueError(f"{where}: the same value stands in the choice twice")
+    return Choice(tuple(what))
+
+
+def _ends(what: Any, where: str, kind: str) -> tuple[float, float]:
+    numbers = isinstance(what, list | tuple) and len(what) == 2
+    if not numbers or not all(
+        isinstance(end, int | float) and not isinstance(end, bool) for end in what
+    ):
+        raise ValueError(f"{where}: {kind} = {what!r}: input should be [low, high]")
+    low, high = what
+    if not low < high:
+        raise ValueError(f"{where}: {kind} = {list(what)}: low must be less than high")
+    return low, high
+
+
+def _uniform(what: Any, where: str) -> Real:
+    low, high = _ends(what, where, "uniform")
+    return Real(float(low), float(high), log=False)
+
+
+def _loguniform(what: Any, where: str) -> Real:
+    low, high = _ends(what, where, "loguniform")
+    if low <= 0:
+        raise ValueError(
+            f"{where}: loguniform = {list(what)}: low must be greater than 0; a model without the "
+            "head is trained as the baseline where the constraint asks for it"
+        )
+    return Real(float(low), float(high), log=True)
+
+
+def _randint(what: Any, where: str) -> Integer:
+    low, high = _ends(what, where, "randint")
+    if not isinstance(low, int) or not isinstance(high, int):
+        raise ValueError(f"{where}: randint = {list(what)}: both ends must be whole numbers")
+    return Integer(low, high)
+
+
+def _modules(what: Any, where: str) -> Modules:
+    told = what if isinstance(what, Mapping) else {"count": what}
+    count, among = told.get("count"), told.get("among")
+    known = not set(told) - {"count", "among"} and isinstance(among, str | None)
+    if not known or type(count) is not int or not 1 <= count <= 4:
+        raise ValueError(
+            f"{where}: modules = {what!r}: write a number from 1 to 4, or {{count: 2, among: "
+            "'stages.*'}"
+        )
+    if not where.endswith("mint.taps"):
+        raise ValueError(f"{where}: modules are for mint.taps")
+    return Modules(count, among)
+
+
+def _branches(what: Any, where: str) -> Branches:
+    if not isinstance(what, Mapping) or not what:
+        raise ValueError(f"{where}: branches need at least one name with keys below it")
+    return Branches(
+        {str(name): parse_space(below, f"{where}.{name}") for name, below in what.items()}
+    )
+
+
+_KINDS: dict[str, Callable[[Any, str], Parameter]] = {
+    "choice": _choice,
+    "uniform": _uniform,
+    "loguniform": _loguniform,
+    "randint": _randint,
+    "modules": _modules,
+    "branches": _branches,
+}
+
+
+def keys(space: Space) -> Iterator[str]:
+    """Every key of the configuration that is set, at any depth."""
+    for key, parameter in space.parameters.items():
+        if isinstance(parameter, Branches):
+            for below in parameter.spaces.values():
+                yield from keys(below)
+        else:
+            yield key
+
+
+def with_modules(space: Space, names: Callable[[str | None], Sequence[str]]) -> Space:
+    """The space with the backbone's modules filled in.
+
+    Args:
+        space: may ask for modules.
+        names: gives those among a glob (None: stages and blocks), by depth.
+
+    Raises:
+        ValueError: there are fewer than are asked for.
+    """
+
+    def filled(key: str, parameter: Parameter) -> Parameter:
+        if isinstance(parameter, Branches):
+            return Branches({n: with_modules(s, names) for n, s in parameter.spaces.items()})
+        if not isinstance(parameter, Modules):
+            return parameter
+        found = tuple(names(parameter.among))
+        if len(found) < parameter.count:
+            raise ValueError(
+                f"space.{key}: {parameter.count} modules are asked for, and the backbone has "
+                f"{len(found)} that can be tapped"
+                + (f" and match {parameter.among!r}" if parameter.among else "")
+            )
+        return replace(parameter, names=found)
+
+    return Space({key: filled(key, parameter) for key, parameter in space.parameters.items()})
+
+
+def has_modules(space: Space) -> bool:
+    """Whether modules are asked for at any depth."""
+    return any(
+        isinstance(parameter, Modules)
+        or (isinstance(parameter, Branches) and any(map(has_modules, parameter.spaces.values())))
+        for parameter in space.parameters.values()
+    )
+
+
+def draw(space: Space, trial: Trial) -> tuple[Settings, Settings]:
+    """One point of the space.
+
+    Args:
+        space: modules filled in.
+        trial: picks the values.
+
+    Returns:
+        The parameters by name, as they were picked (a value that is no scalar as JSON), and what
+        that sets by key of the configuration. A key that several branches have, each otherwise,
+        is a parameter of its own in each, named `key (branch)`.
+    """
+    parameters: Settings = {}
+    settings: Settings = {}
+    shared = _definitions(space)
+
+    def visit(space: Space, branch: str) -> None:
+        for key, parameter in space.parameters.items():
+            name = key if len(shared[key]) == 1 else f"{key} ({branch})"
+            if isinstance(parameter, Branches):
+                picked = trial.suggest_categorical(name, list(parameter.spaces))
+                parameters[name] = picked
+                visit(parameter.spaces[picked], picked)
+            else:
+                settings[key] = _pick(parameter, name, trial, parameters)
+
+    visit(space, "")
+    return parameters, settings
+
+
+def _definitions(space: Space) -> dict[str, list[Parameter]]:
+    """The different things that each key or name stands for, at any depth."""
+    found: dict[str, list[Parameter]] = {}
+    for key, parameter in space.parameters.items():
+        if parameter not in found.setdefault(key, []):
+            found[key].append(parameter)
+        if isinstance(parameter, Branches):
+            for below in parameter.spaces.values():
+                for name, others in _definitions(below).items():
+                    found.setdefault(name, [])
+                    found[name] += [other for other in others if other not in found[name]]
+    return found
+
+
+def _pick(parameter: Parameter, name: str, trial: Trial, parameters: Settings) -> Any:
+    """The value; what was picked is added to the parameters."""
+    match parameter:
+        case Choice(values):
+            texts = [scalar(value) for value in values]
+            parameters[name] = trial.suggest_categorical(name, texts)
+            return values[texts.index(parameters[name])]
+        case Real(low, high, log):
+            parameters[name] = trial.suggest_float(name, low, high, log=log)
+        case Integer(low, high):
+            parameters[name] = trial.suggest_int(name, low, high)
+        case Modules(count, _, names):
+            places = set()
+            for number in range(1, count + 1):
+                part = name if count == 1 else f"{name} #{number}"
+                parameters[part] = trial.suggest_int(part, 0, len(names) - 1)
+                places.add(parameters[part])
+            return [names[place] for place in sorted(places)]
+        case Constant(value):
+            return value
+    return parameters[name]
+
+
+def scalar(value: Any) -> Any:
+    """A value as it is where it is a scalar, else as JSON."""
+    return value if isinstance(value, str | int | float | None) else json.dumps(value)
+
+
+def grid(space: Space) -> list[tuple[Settings, Settings]]:
+    """Every point of a space without real numbers, in the order of the file; as from `draw`.
+
+    Raises:
+        ValueError: a key has infinitely many values.
+    """
+    points: list[tuple[Settings, Settings]] = []
+    path: list[tuple[str, int, int]] = []  # name, place and number of its options
+
+    class Odometer:
+        """Picks along `path`, and the first option of what comes after it."""
+
+        def __init__(self) -> None:
+            self._depth = 0
+
+        def _next(self, name: str, options: int) -> int:
+            if self._depth == len(path):
+                path.append((name, 0, options))
+            self._depth += 1
+            return path[self._depth - 1][1]
+
+        def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+            return choices[self._next(name, len(choices))]
+
+        def suggest_int(self, name: str, low: int, high: int) -> int:
+            return low + self._next(name, high - low + 1)
+
+        def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+            raise ValueError(
+                f"space.{name}: a grid cannot have all numbers from {low:g} to {high:g}; give a "
+                "choice, or take another algorithm.name"
+            )
+
+    while True:
+        point = draw(space, Odometer())
+        if all(point[1] != other[1] for other in points):  # two modules in either order are one
+            points.append(point)
+        while path and path[-1][1] == path[-1][2] - 1:
+            path.pop()
+        if not path:
+            return points
+        name, place, options = path.pop()
+        path.append((name, place + 1, options))
+
+
+def probes(space: Space) -> list[Settings]:
+    """Points that together have every option, and both ends, of every key in them."""
+    firsts = {key: _options(key, parameter)[0] for key, parameter in space.parameters.items()}
+    found = [dict(itertools.chain.from_iterable(first.items() for first in firsts.values()))]
+    for key, parameter in space.parameters.items():
+        others = [first for name, first in firsts.items() if name != key]
+        base = dict(itertools.chain.from_iterable(first.items() for first in others))
+        for option in _options(key, parameter):
+            if base | option not in found:
+                found.append(base | option)
+    return found
+
+
+def _options(key: str, parameter: Parameter) -> list[Settings]:
+    match parameter:
+        case Choice(values):
+            return [{key: value} for value in values]
+        case Real(low, high, _):
+            return [{key: low}, {key: high}]
+        case Integer(low, high):
+            return [{key: low}, {key: high}]
+        case Modules(count, _, names):
+            return [{key: list(names[:count])}, {key: list(names[-count:])}] if names else [{}]
+        case Branches(spaces):
+            return [probe for below in spaces.values() for probe in probes(below)]
+        case Constant(value):
+            return [{key: value}]

@@ -1,0 +1,154 @@
+"""A search's runs in MLflow: one for itself, and below it one for each trial.
+
+The driver alone talks to MLflow, also for the trials: one that Tune ends has no time left to say
+how it ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amint_ray.config.schema import Config
+from amint_ray.contracts import Watcher
+from amint_ray.launch.ledger import Ledger, State
+from amint_ray.launch.recording import Recording, open_records
+from amint_ray.launch.records import RunRecords
+from amint_ray.storage import Location
+from amint_ray.tracking.run_log import OpenedRun, Status, find_tagged, run_of
+
+TRIAL = "amint.trial"
+_STATUS: dict[State, Status] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_SECONDS_TO_MARK = 30.0
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the trials' runs are kept.
+
+    Attributes:
+        uri: of MLflow.
+        parent: id of the search's own run; empty where MLflow is told nothing.
+        search: unique name of the search; begins the runs' names.
+        spool: folder of all spools.
+        files: where a run's files would be kept without MLflow.
+        dataset: that all are trained on (`recording.dataset_fields`).
+        tags: that every run gets.
+    """
+
+    uri: str
+    parent: str
+    search: str
+    spool: Path
+    files: Location
+    dataset: Mapping[str, str]
+    tags: Mapping[str, str]
+
+
+class Children:
+    """The MLflow runs of the trials under way, and of those of which not all has arrived."""
+
+    def __init__(self, where: Where, ledger: Ledger) -> None:
+        self._where, self._ledger = where, ledger
+        self._open: dict[str, Recording] = {}
+        self._ending: dict[str, Recording] = {}
+
+    def begin(self, trial: str, config: Config) -> None:
+        """Open a trial's run, or go on with it."""
+        if not self._where.parent or trial in self._open:
+            return
+        if (ended := self._ending.pop(trial, None)) is not None:
+            ended.waiting()  # closed: one process may have a spool once
+        self._open[trial] = Recording(lambda: self._opened(trial, config))
+
+    def _opened(self, trial: str, config: Config) -> RunRecords:
+        where, record = self._where, self._ledger.trials[trial]
+        tags = {**where.tags, TRIAL: trial, "amint.configuration": str(record.configuration)}
+        tracking = config.tracking.model_copy(update={"parent_run": where.parent})
+        resume = record.run_id
+        if resume is None and record.tries > 1:  # a driver may have been killed before it noted it
+            resume = find_tagged(where.uri, parent=where.parent, tag=(TRIAL, trial))
+
+        def opened(run: OpenedRun) -> None:
+            with self._ledger.changing(trial) as changing:
+                changing.run_id = run.run_id
+
+        name = f"{where.search}-{trial}"
+        return open_records(
+            tracking,
+            run_of(config.model_copy(update={"tracking": tracking}), run_name=name, tags=tags),
+            uri=where.uri,
+            files=where.files.below(name),
+            spool=where.spool / name,
+            dataset=where.dataset,
+            resume=resume,
+            tags=tags,
+            opened=opened,
+        )
+
+    def hear(self, trial: str, entry: Mapping[str, Any]) -> None:
+        """An epoch's entry of a trial."""
+        if trial in self._open:
+            self._open[trial].hear({"phase": "epoch", **entry})
+
+    def end(self, trial: str, state: State, reason: str | None) -> None:
+        """Mark how a trial ended."""
+        if (run := self._open.pop(trial, None)) is None:
+            return
+        tags = {"amint.trial_state": state} | ({} if reason is None else {"amint.reason": reason})
+        run.end(_STATUS[state], tags)
+        self._ending[trial] = run
+
+    def check(self, watcher: Watcher) -> None:
+        """Forget runs of which all has arrived.
+
+        Raises:
+            UserError: a run could not be opened.
+            Exception: whatever a record met on its way to the disk.
+        """
+        for run in (*self._open.values(), *self._ending.values()):
+            run.check(watcher)
+        for trial in [trial for trial, run in self._ending.items() if run.arrived()]:
+            del self._ending[trial]
+
+    def finish(self, watcher: Watcher, *, wait_seconds: float) -> None:
+        """Wait for all to arrive, and say what has not.
+
+        Args:
+            watcher: is told of the wait, and can end it.
+            wait_seconds: how long.
+        """
+        deadline = time.monotonic() + wait_seconds
+        while self._ending and time.monotonic() < deadline:
+            watcher.heartbeat()
+            self.check(watcher)
+            time.sleep(0.05)
+        left = [folder for run in self._ending.values() if (folder := run.waiting()) is not None]
+        self._ending = {}
+        if left:
+            watcher.notice(
+                f"WARNING: MLflow did not take all records of {len(left)} trials; send what waits "
+                f"with `amint sync {left[0].parent}`"
+            )
+
+    def kill(self, watcher: Watcher) -> None:
+        """Mark all that are under way as killed."""
+        for trial, run in list(self._open.items()):
+            run.end("KILLED", {"amint.trial_state": "killed"})
+            self._ending[trial] = self._open.pop(trial)
+        number = len(self._ending)
+        deadline = time.monotonic() + _SECONDS_TO_MARK
+        while self._ending and time.monotonic() < deadline:
+            for trial in [trial for trial, run in self._ending.items() if run.arrived()]:
+                del self._ending[trial]
+            time.sleep(0.05)
+        if marked := number - len(self._ending):
+            watcher.notice(f"{marked} MLflow runs of trials are marked KILLED")
+        if self._ending:
+            watcher.notice(
+                f"{len(self._ending)} MLflow runs of trials are not marked KILLED: MLflow does not "
+                "answer; going on with the search sends it"
+            )

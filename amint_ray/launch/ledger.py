@@ -1,0 +1,180 @@
+"""What is known of a search's trials; a file each, so that nothing that ended is ever repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from amint_ray.contracts import first_line
+from amint_ray.storage import Location, list_files, open_input, write_atomically
+
+State = Literal["waiting", "running", "done", "stopped", "failed"]
+ENDED = ("done", "stopped", "failed")
+
+
+@dataclass
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        id: `t0000`, `t0001`, …; of the plain models of a constraint, `plain-0`, …
+        configuration: its number; the trials of one differ by seed alone.
+        seed: of training.
+        parameters: as they were picked.
+        settings: what they set, by key of the configuration.
+        baseline: whether it is a plain model.
+        state: `waiting` until Ray begins it; `stopped`: by the scheduler or for lack of time.
+        epoch: of the last look.
+        epochs: that it has in all.
+        seconds: that it ran.
+        figures: of the last look: `{value, low, high}` by name.
+        violation: of the constraint at the last look; None: there is none, or nothing is known.
+        reason: why it failed, or was stopped.
+        history: one entry a look: epoch and the value of every figure.
+        run_id: MLflow's.
+        tries: how often it was begun.
+    """
+
+    id: str
+    configuration: int
+    seed: int
+    parameters: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: bool = False
+    state: State = "waiting"
+    epoch: int = 0
+    epochs: int = 0
+    seconds: float = 0.0
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    violation: float | None = None
+    reason: str | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    run_id: str | None = None
+    tries: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state in ENDED
+
+    def looked(self, epoch: int, metrics: Mapping[str, float], violation: float | None) -> None:
+        """Take in what a look found; one that was taken before is taken once.
+
+        Args:
+            epoch: of the look.
+            metrics: `name`, `name.low` and `name.high` of each figure.
+            violation: of the constraint.
+        """
+        if epoch <= self.epoch:
+            return
+        names = [name for name in metrics if f"{name}.low" in metrics]
+        self.epoch, self.violation = epoch, violation
+        self.figures = {
+            name: {
+                "value": metrics[name],
+                "low": metrics[f"{name}.low"],
+                "high": metrics[f"{name}.high"],
+            }
+            for name in names
+        }
+        entry = {"epoch": epoch, **{name: metrics[name] for name in names}}
+        self.history.append(entry if violation is None else {**entry, "violation": violation})
+
+
+class Ledger:
+    """All trials of a search, by id; every thread may call it."""
+
+    def __init__(self, folder: Location) -> None:
+        self._folder = folder
+        self._lock = threading.RLock()
+        self._started: dict[str, float] = {}
+        self.trials: dict[str, TrialRecord] = {}
+
+    def load(self) -> None:
+        """Read what an earlier driver left.
+
+        A file that cannot be read was being written when the machine died: its trial is forgotten.
+
+        Raises:
+            OSError: storage cannot be read.
+        """
+        for entry in list_files(self._folder, ".json"):
+            with open_input(self._folder, entry.name) as file, contextlib.suppress(ValueError):
+                record = TrialRecord(**json.loads(file.read()))
+                self.trials[record.id] = record
+
+    @contextlib.contextmanager
+    def changing(self, trial: str, *, keep: bool = True) -> Iterator[TrialRecord]:
+        """A trial, to be changed.
+
+        Args:
+            trial: its id.
+            keep: write it down, too.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._lock:
+            record = self.trials[trial]
+            yield record
+            if keep:
+                self._write(record)
+
+    def add(self, record: TrialRecord) -> None:
+        """A new trial.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._lock:
+            self.trials[record.id] = record
+            self._write(record)
+
+    def begin(self, trial: str) -> None:
+        """It runs from now on."""
+        self._started[trial] = time.monotonic()
+        with self.changing(trial) as record:
+            record.state, record.reason = "running", None
+            record.tries += 1
+
+    def end(self, trial: str, state: State, reason: str | None = None) -> None:
+        """It runs no longer; what is said of one that has ended before is not heard."""
+        with self.changing(trial) as record:
+            if record.ended:
+                return
+            record.state, record.reason = state, reason
+            record.seconds += self._since(trial)
+            self._started.pop(trial, None)
+
+    def _since(self, trial: str) -> float:
+        started = self._started.get(trial)
+        return 0.0 if started is None else time.monotonic() - started
+
+    def _write(self, record: TrialRecord) -> None:
+        with write_atomically(self._folder, f"{record.id}.json") as file:
+            file.write(json.dumps(asdict(record)).encode())
+
+    def documents(self) -> list[dict[str, Any]]:
+        """All trials as plain dicts, in the order of their ids."""
+        with self._lock:
+            found = []
+            for name in sorted(self.trials):
+                record = self.trials[name]
+                found.append({**asdict(record), "seconds": record.seconds + self._since(record.id)})
+            return found
+
+    def where(self, wanted: Callable[[TrialRecord], bool]) -> list[TrialRecord]:
+        """Those trials, in the order of their ids; not to be changed."""
+        with self._lock:
+            return [self.trials[name] for name in sorted(self.trials) if wanted(self.trials[name])]
+
+
+def common_reason(records: list[TrialRecord]) -> str:
+    """What most of the failed trials say."""
+    reasons = [record.reason or "unknown" for record in records]
+    return first_line(Exception(max(set(reasons), key=reasons.count)))

@@ -1,0 +1,303 @@
+"""What a search tries next: Optuna's samplers, all combinations, or chance, as a searcher of Tune.
+
+All that it knows is in the ledger. A search that goes on hands the sampler what the ledger has, and
+proposes first what was under way.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from ray.tune.search import Searcher
+
+from amint_ray.config.schema import Config
+from amint_ray.config.search import Search
+from amint_ray.config.space import Settings, Space, draw, grid
+from amint_ray.contracts import UserError, first_line
+from amint_ray.launch.ledger import Ledger, TrialRecord
+
+_VIOLATION = "violation"
+_TRIALS_BY_DEFAULT = 16
+
+
+class Proposals(Searcher):  # type: ignore[misc]
+    """Proposes trials, and learns from those that ended.
+
+    Args:
+        search: what is searched.
+        space: its space, modules filled in.
+        ledger: of its trials; new ones are added.
+        configure: gives a trial's configuration; may raise UserError.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        space: Space,
+        ledger: Ledger,
+        configure: Callable[[TrialRecord], Config],
+    ) -> None:
+        super().__init__(metric="score", mode="max")
+        self._search, self._space, self._ledger = search, space, ledger
+        self._configure = configure
+        self._grid = grid(space) if search.spec.algorithm.name == "grid" else None
+        self._asked: dict[int, optuna.Trial] = {}
+        before = ledger.where(lambda trial: not trial.baseline)
+        self._interrupted = [trial.id for trial in before if not trial.ended]
+        self._plain = self._plain_trials()
+        self._unbegun = [trial.id for trial in self._plain if not trial.ended]
+        self._next = 1 + max((trial.configuration for trial in before), default=-1)
+        self._seeds: list[tuple[int, Settings, Settings, int]] = []
+        self._study = optuna.create_study(
+            sampler=_sampler(search, already=len(before)),
+            directions=[
+                "maximize" if objective.mode == "max" else "minimize"
+                for objective in search.spec.objective
+            ],
+        )
+        for number in sorted({trial.configuration for trial in before}):
+            self._remember(number)
+
+    @property
+    def planned(self) -> int:
+        """Trials in all."""
+        return len(self._plain) + self._configurations * self._search.spec.seeds
+
+    def _plain_trials(self) -> list[TrialRecord]:
+        """The plain models that the constraint refers to, as they are in the ledger."""
+        constraint = self._search.spec.constraint
+        if constraint is None or not constraint.wants_plain:
+            return []
+        for number in range(self._search.spec.seeds):
+            identity = f"plain-{number}"
+            if identity not in self._ledger.trials:
+                seed, without = self._search.seed + number, {"loss.lambda_mint": 0}
+                self._ledger.add(TrialRecord(identity, -1, seed, {}, without, baseline=True))
+        return self._ledger.where(lambda trial: trial.baseline)
+
+    @property
+    def _configurations(self) -> int:
+        asked = self._search.spec.budget.trials
+        if self._grid is None:
+            return asked or _TRIALS_BY_DEFAULT
+        return min(asked or len(self._grid), len(self._grid))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial: its id in the ledger, and its configuration as JSON.
+
+        None while the plain models are trained: trials are judged by them.
+        """
+        if self._unbegun:
+            return self._begun(self._unbegun.pop(0))
+        if not all(trial.ended for trial in self._plain):
+            return None
+        if self._plain and not self._curve():
+            return str(Searcher.FINISHED)
+        if self._interrupted:
+            return self._begun(self._interrupted.pop(0))
+        if not self._seeds:
+            if self._next >= self._configurations:
+                return str(Searcher.FINISHED)
+            self._seeds = self._new_configuration()
+        number, parameters, settings, seed = self._seeds.pop(0)
+        identity = f"t{number * self._search.spec.seeds + seed - self._search.seed:04d}"
+        self._ledger.add(TrialRecord(identity, number, seed, parameters, settings))
+        return self._begun(identity)
+
+    def _begun(self, identity: str) -> dict[str, Any]:
+        """What Tune gives the trial.
+
+        `id`; `config`, or why there is none as `invalid`; and `plain`, what the plain models had at
+        each epoch, by epoch.
+        """
+        trial, config, invalid = self._ledger.trials[identity], None, None
+        try:
+            config = self._configure(trial)
+        except UserError as error:
+            invalid = first_line(error)
+        else:
+            with self._ledger.changing(identity) as record:
+                record.epochs = config.train.epochs
+        return {
+            "id": identity,
+            "config": None if config is None else config.model_dump(mode="json"),
+            "invalid": invalid,
+            "plain": {} if trial.baseline else self._curve(),
+        }
+
+    def _curve(self) -> dict[str, float]:
+        """The constraint's metric of the plain models by epoch: means over their seeds."""
+        constraint = self._search.spec.constraint
+        assert constraint is not None or not self._plain
+        found: dict[str, list[float]] = {}
+        for trial in self._plain:
+            for entry in trial.history:
+                if constraint is not None and constraint.metric in entry:
+                    epoch = str(int(entry["epoch"]))
+                    found.setdefault(epoch, []).append(entry[constraint.metric])
+        return {epoch: statistics.fmean(values) for epoch, values in found.items()}
+
+    def _new_configuration(self) -> list[tuple[int, Settings, Settings, int]]:
+        number = self._next
+        self._next += 1
+        if self._grid is not None:
+            parameters, settings = self._grid[number]
+        else:
+            self._asked[number] = self._study.ask()
+            parameters, settings = draw(self._space, self._asked[number])
+        return [
+            (number, parameters, settings, self._search.seed + i)
+            for i in range(self._search.spec.seeds)
+        ]
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: Tune calls this before the ledger knows how the trial ended."""
+
+    def learn(self, trial: str) -> None:
+        """Tell the sampler of a trial that ended, once all seeds of its configuration have."""
+        record = self._ledger.trials[trial]
+        if not record.baseline:
+            self._learn(record.configuration)
+
+    def _learn(self, number: int) -> None:
+        asked = self._asked.get(number)
+        told = self._outcome(number)
+        if asked is None or told is None:
+            return
+        values, state, violation = told
+        asked.set_user_attr(_VIOLATION, violation)
+        if state == TrialState.PRUNED:
+            asked.report(values[0], self._reached(number))
+            values = None
+        self._study.tell(asked, values if state == TrialState.COMPLETE else None, state=state)
+        del self._asked[number]
+
+    def _outcome(self, number: int) -> tuple[Any, TrialState, float] | None:
+        """Means over the seeds, and how it ended; None: not all of them have."""
+        trials = self._of(number)
+        if len(trials) < self._search.spec.seeds or not all(trial.ended for trial in trials):
+            return None
+        names = [objective.metric for objective in self._search.spec.objective]
+        measured = [
+            trial
+            for trial in trials
+            if trial.state != "failed" and all(name in trial.figures for name in names)
+        ]
+        if not measured:
+            return [], TrialState.FAIL, 0.0
+        values = [
+            statistics.fmean(trial.figures[name]["value"] for trial in measured) for name in names
+        ]
+        violation = statistics.fmean(trial.violation or 0.0 for trial in measured)
+        stopped = any(trial.state == "stopped" for trial in measured)
+        # Only of one objective can Optuna's samplers take that it was not seen to the end.
+        pruned = stopped and len(names) == 1
+        return values, TrialState.PRUNED if pruned else TrialState.COMPLETE, violation
+
+    def _reached(self, number: int) -> int:
+        return min(trial.epoch for trial in self._of(number))
+
+    def _of(self, number: int) -> list[TrialRecord]:
+        return self._ledger.where(lambda t: not t.baseline and t.configuration == number)
+
+    def _remember(self, number: int) -> None:
+        """Hand the sampler a configuration that an earlier driver proposed."""
+        trials = self._of(number)
+        parameters, settings = trials[0].parameters, trials[0].settings
+        for seed in range(self._search.seed, self._search.seed + self._search.spec.seeds):
+            if seed not in {trial.seed for trial in trials}:
+                self._seeds.append((number, parameters, settings, seed))
+        if self._grid is not None:
+            return
+        recorded = _Recorded(parameters)
+        draw(self._space, recorded)
+        told = self._outcome(number)
+        if told is None:  # under way: the sampler is asked for the same again
+            self._study.enqueue_trial(recorded.values)
+            self._asked[number] = self._study.ask()
+            draw(self._space, self._asked[number])
+            return
+        values, state, violation = told
+        pruned = state == TrialState.PRUNED
+        self._study.add_trial(
+            create_trial(
+                params=recorded.values,
+                distributions=recorded.distributions,
+                values=values if state == TrialState.COMPLETE else None,
+                state=state,
+                user_attrs={_VIOLATION: violation},
+                intermediate_values={self._reached(number): values[0]} if pruned else None,
+            )
+        )
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune wants a file; what is to be kept is in the ledger."""
+        Path(checkpoint_path).write_text(str(self._next))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune stores the searcher, too; it is never read."""
+        return {}
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a search that goes on makes a new one of these from the ledger."""
+
+
+class _Recorded:
+    """Picks what was picked before, and notes from what."""
+
+    def __init__(self, parameters: Settings) -> None:
+        self._parameters = parameters
+        self.values: Settings = {}
+        self.distributions: dict[str, BaseDistribution] = {}
+
+    def _note(self, name: str, distribution: BaseDistribution) -> Any:
+        self.distributions[name] = distribution
+        self.values[name] = self._parameters[name]
+        return self._parameters[name]
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._note(name, optuna.distributions.CategoricalDistribution(choices))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._note(name, optuna.distributions.FloatDistribution(low, high, log=log)))
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return int(self._note(name, optuna.distributions.IntDistribution(low, high)))
+
+
+def _sampler(search: Search, *, already: int) -> BaseSampler:
+    """Optuna's sampler; one that goes on after so many trials does not draw the same ones again."""
+    algorithm = search.spec.algorithm
+    seed = (algorithm.seed + 1_000_003 * already) % 2**32
+    constraint = None if search.spec.constraint is None else _constraint
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    match algorithm.name:
+        case "tpe":
+            return TPESampler(
+                n_startup_trials=algorithm.startup,
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+                constraints_func=constraint,
+                seed=seed,
+            )
+        case "nsga2":
+            return NSGAIISampler(
+                population_size=max(2, algorithm.startup), constraints_func=constraint, seed=seed
+            )
+        case _:
+            return RandomSampler(seed=seed)
+
+
+def _constraint(trial: FrozenTrial) -> tuple[float]:
+    """As Optuna wants it: positive where it is broken."""
+    return (float(trial.user_attrs.get(_VIOLATION, 0.0)),)

@@ -1,0 +1,261 @@
+"""What Ray Tune runs for each trial: a whole training on Ray Train, and its news to the search."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from pyarrow.fs import FileSelector
+from ray import tune
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+from amint_ray.config.schema import Config
+from amint_ray.config.search import Constraint, Objective
+from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.fit import DivergedError, Job, fit
+from amint_ray.model.joint import plan_architecture
+from amint_ray.storage import Location, open_input
+
+SELECTION = "selection."
+"""What the names of the figures that a search selects by begin with in an epoch's entry."""
+_LINEAGE = "lineage.json"
+_INFEASIBLE = 1e6
+_SECONDS_TO_COMMIT = 120.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all trials of a search share.
+
+    Attributes:
+        name: unique among all searches of the cluster; begins the names of the trainings.
+        data: references to what the workers read, as `worker.open_streams` takes it.
+        manifest: fingerprint of images and roles.
+        classes: how many there are.
+        runs: where the trials' trainings are kept.
+        workers: of each.
+        use_gpu: whether each worker has one.
+        sign: path of a file in storage, which all nodes of a cluster must see.
+        objectives: of the search.
+        constraint: of the search.
+        hand_over: epochs after which the trial leaves a checkpoint that others can take over; 0:
+            it leaves none.
+    """
+
+    name: str
+    data: Mapping[str, Any]
+    manifest: str
+    classes: int
+    runs: Location
+    workers: int | tuple[int, int]
+    use_gpu: bool
+    sign: str
+    objectives: Sequence[Objective]
+    constraint: Constraint | None
+    hand_over: int = 0
+
+
+def run_trial(arguments: dict[str, Any], given: Given) -> None:
+    """Train one configuration, and report each look at its figures to Tune.
+
+    A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
+    others), `violation`, `figures` (flat, by name), `entry` (the epoch's, for MLflow) and
+    `notices`. A trial that cannot succeed reports `failed`, and why, and is not tried again.
+
+    Args:
+        arguments: from `Proposals.arguments`.
+        given: the same for all trials.
+
+    Raises:
+        RunError: it failed, and may succeed if it is tried again.
+        SystemExit: Tune stops it.
+    """
+    if arguments["invalid"] is not None:
+        tune.report({"failed": arguments["invalid"]})
+        return
+    config = Config.model_validate(arguments["config"])
+    run_name, inherit = _life(given.name, arguments["id"])
+    reporter = _Reporter(given, arguments, run_name)
+    try:
+        job = Job(
+            config=config,
+            run_name=run_name,
+            architecture=replace(
+                plan_architecture(config, num_classes=2), num_classes=given.classes
+            ),
+            manifest=given.manifest,
+            storage=given.runs,
+            goes_on=True,
+            score=False,
+            inherit=inherit,
+        )
+        fit(
+            job,
+            given.data,
+            reporter,
+            reporter,
+            workers=given.workers,
+            use_gpu=given.use_gpu,
+            sign=given.sign,
+        )
+    except (DivergedError, UserError) as error:
+        tune.report({"failed": first_line(error)})
+
+
+def _life(search: str, trial: str) -> tuple[str, ray.train.Checkpoint | None]:
+    """Name of the training, and the checkpoint of another trial that it goes on from, if any.
+
+    A trial that takes over another's weights begins a training of its own; one that is only tried
+    again goes on with what it had.
+    """
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return f"{search}-{trial}", None
+    with checkpoint.as_directory() as folder:
+        lineage = json.loads((Path(folder) / _LINEAGE).read_text())
+    if lineage["trial"] == trial:
+        return lineage["run_name"], None
+    inherit = ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem)
+    return f"{search}-{trial}-from-{lineage['trial']}-{lineage['epoch']}", inherit
+
+
+class _Reporter:
+    """Passes a training's news on to Tune; both its listener and its watcher."""
+
+    def __init__(self, given: Given, arguments: Mapping[str, Any], run_name: str) -> None:
+        self._given, self._arguments, self._run_name = given, arguments, run_name
+        self._epoch = 0
+        self._notices: list[str] = []
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Report an epoch that was looked at."""
+        if event["phase"] != "epoch" or event["epoch"] <= self._epoch:
+            return
+        self._epoch = int(event["epoch"])
+        entry = {name: value for name, value in event.items() if name != "phase"}
+        figures = {
+            name.removeprefix(SELECTION): value
+            for name, value in entry.items()
+            if name.startswith(SELECTION)
+        }
+        if not figures:
+            return
+        report = {
+            "epoch": self._epoch,
+            **judged(
+                self._given.objectives[0],
+                self._given.constraint,
+                figures,
+                plain=self._arguments["plain"].get(str(self._epoch)),
+            ),
+            "figures": figures,
+            "entry": entry,
+            "notices": self._notices,
+        }
+        self._notices = []
+        every = self._given.hand_over
+        if every and self._epoch % every == 0:
+            self._hand_over(report)
+        else:
+            tune.report(report)
+
+    def _hand_over(self, report: dict[str, Any]) -> None:
+        """Report with the epoch's checkpoint, once it is in storage."""
+        checkpoint = _committed(self._given.runs.below(self._run_name), self._epoch)
+        if checkpoint is None:  # a later report has one
+            tune.report(report)
+            return
+        lineage = {"trial": self._arguments["id"], "run_name": self._run_name, "epoch": self._epoch}
+        with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as name:
+            copy = Path(name)
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            (copy / _LINEAGE).write_text(json.dumps(lineage))
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(copy))
+
+    def notice(self, text: str) -> None:
+        """Kept for the next report."""
+        self._notices.append(text)
+
+    def check(self, watcher: Watcher) -> None:
+        """Nothing to be seen to."""
+
+    def phase(self, text: str) -> None:
+        """Nobody looks."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Nobody looks."""
+
+    def heartbeat(self) -> None:
+        """Tune ends a trial when it reports."""
+
+
+def judged(
+    objective: Objective,
+    constraint: Constraint | None,
+    figures: Mapping[str, float],
+    *,
+    plain: float | None,
+) -> dict[str, Any]:
+    """`score` and `violation` of a look.
+
+    Args:
+        objective: the first one.
+        constraint: of the search.
+        figures: by name; one that a look does not report leaves it behind all others.
+        plain: the constraint's metric of the plain models at that epoch.
+    """
+    violation = None
+    told = constraint is not None and constraint.metric in figures
+    if constraint is not None and told and (plain is not None or not constraint.wants_plain):
+        violation = constraint.violation(figures[constraint.metric], plain)
+    value = figures.get(objective.metric)
+    if value is None:
+        return {"score": -(_INFEASIBLE**2), "violation": violation}
+    score = value if objective.mode == "max" else -value
+    if violation:
+        score -= _INFEASIBLE * (1 + violation)
+    return {"score": score, "violation": violation}
+
+
+def _committed(run: Location, epoch: int) -> ray.train.Checkpoint | None:
+    """A training's checkpoint of an epoch, once Ray Train lists it; None if it never does."""
+    deadline = time.monotonic() + _SECONDS_TO_COMMIT
+    while time.monotonic() < deadline:
+        for result in _listed(run):
+            if result["metrics"].get("epoch") == epoch:
+                path = run.below(result["checkpoint_dir_name"])
+                return ray.train.Checkpoint(path.path, path.filesystem)
+            if result["metrics"].get("epoch", 0) > epoch:
+                return None
+        time.sleep(0.2)
+    raise RunError(f"the checkpoint of epoch {epoch} did not reach storage in time")
+
+
+def _listed(run: Location) -> list[dict[str, Any]]:
+    """Checkpoints that Ray Train lists, oldest first."""
+    try:
+        with open_input(run, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME) as file:
+            found: list[dict[str, Any]] = json.loads(file.read())["checkpoint_results"]
+            return found
+    except (OSError, ValueError, LookupError):  # not there yet, or being written
+        return []
+
+
+def remove_trainings(runs: Location, search: str, trial: str) -> None:
+    """Delete what a trial's trainings kept, once nobody goes on with them.
+
+    Raises:
+        OSError: they cannot be deleted.
+    """
+    for info in runs.filesystem.get_file_info(FileSelector(runs.path, allow_not_found=True)):
+        name = f"{search}-{trial}"
+        if info.base_name == name or info.base_name.startswith(f"{name}-from-"):
+            runs.filesystem.delete_dir(info.path)
