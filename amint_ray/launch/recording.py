@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.contracts import RunError, UserError, Watcher, first_line, leaves
 from amint_ray.launch.beside import StorageSender
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.records import RunRecords
@@ -26,7 +26,6 @@ from amint_ray.storage import without_secrets
 from amint_ray.tracking.run_log import (
     OpenedRun,
     Status,
-    leaves,
     open_run,
     without_password,
 )

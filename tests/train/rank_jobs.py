@@ -25,7 +25,8 @@ from training_setup import (
 from amint_ray.config.schema import Config, Loss
 from amint_ray.contracts import Role
 from amint_ray.evaluation.scores import score
-from amint_ray.train.loop import _gather, _monitor, create_state, train
+from amint_ray.train.loop import create_state, train
+from amint_ray.train.monitor import gather, monitor
 from amint_ray.train.parallel import replicate
 from amint_ray.train.step import train_step
 
@@ -81,9 +82,9 @@ def untrained_scores(context: RankContext) -> dict[str, Any]:
     streams = streams_of(config, rank=context.rank, world_size=context.world_size)
     model = create_state(config, architecture_of(config), 1, context.device).model
     return {
-        "monitor": _monitor(model, streams, context),
+        "monitor": monitor(model, streams, context),
         "scores": vars(
-            _gather(score(model, streams.score_batches(list(Role)), context.device), context)
+            gather(score(model, streams.score_batches(list(Role)), context.device), context)
         ),
     }
 
