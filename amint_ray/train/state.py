@@ -153,7 +153,8 @@ class TrainState:
             steps_per_epoch: of this run.
 
         Raises:
-            ValueError: it is of other roles or another model, or counts its steps otherwise.
+            ValueError: it is of other roles or another model, counts its steps otherwise, or has
+                another optimiser; as it does where λ₂ or the weight decay is 0 in one alone.
         """
         description = json.loads((folder / STATE).read_text())
         steps = description["epoch"] * steps_per_epoch + description["step"]
@@ -164,7 +165,14 @@ class TrainState:
         ):
             if there != here:
                 raise ValueError(f"{folder}: cannot be inherited: its {what} is not this run's")
-        self._take(folder, description, keep=_OF_THE_CONFIGURATION)
+        try:
+            self._take(folder, description, keep=_OF_THE_CONFIGURATION)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: cannot be inherited: its optimiser or loss weighting is not this run's "
+                f"({first_line(error)}); loss.lambda_mint and train.weight_decay may differ, but "
+                "not be 0 in one of the two alone"
+            ) from error
 
     def _take(
         self, folder: Path, description: Mapping[str, Any], keep: Collection[str] = ()
