@@ -47,6 +47,21 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", line)
 
 
+def leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
+    found: dict[str, float] = {}
+    for key, value in figures.items():
+        name = f"{prefix}{key}"
+        if not isinstance(value, dict):
+            continue
+        if "value" not in value:
+            found |= leaves(value, f"{name}.")
+        elif value["value"] is not None:
+            found |= {name: value["value"]}
+            found |= {f"{name}.low": value["low"], f"{name}.high": value["high"]}
+    return found
+
+
 class Role(StrEnum):
     """What a sample is used for; decided once, by its content (`data/roles.py`)."""
 
@@ -152,8 +167,15 @@ class Streams(Protocol):
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The joint batches of one epoch (both counted from 0); as many on every rank."""
 
-    def score_batches(self, roles: Collection[Role]) -> Iterator[ScoreBatch]:
-        """Every sample of these roles once over all ranks, this rank's part of them."""
+    def score_batches(
+        self, roles: Collection[Role], most: int | None = None
+    ) -> Iterator[ScoreBatch]:
+        """Every sample of these roles once over all ranks, this rank's part of them.
+
+        Args:
+            roles: whose samples.
+            most: of each role no more than so many samples; always the same ones.
+        """
 
     def close(self) -> None:
         """End whatever reads ahead."""
@@ -186,19 +208,20 @@ class ScoreTable:
 
     def of(self, role: Role) -> ScoreTable:
         """The rows of one role."""
-        return self._kept(self.role == role.value)
+        return self.kept(self.role == role.value)
 
     def without(self, sample_ids: Collection[str]) -> ScoreTable:
         """The rows of all other samples."""
-        return self._kept(~self._among(sample_ids)) if sample_ids else self
+        return self.kept(~self._among(sample_ids)) if sample_ids else self
+
+    def kept(self, keep: npt.NDArray[np.bool_]) -> ScoreTable:
+        """The rows where `keep`, (n,), is true."""
+        return ScoreTable(**{name: column[keep] for name, column in vars(self).items()})
 
     def _among(self, sample_ids: Collection[str]) -> npt.NDArray[np.bool_]:
         import numpy as np
 
         return np.isin(self.sample_id, list(sample_ids))
-
-    def _kept(self, keep: npt.NDArray[np.bool_]) -> ScoreTable:
-        return ScoreTable(**{name: column[keep] for name, column in vars(self).items()})
 
 
 class Watcher(Protocol):

@@ -182,6 +182,11 @@ class Evaluation(Section):
     """Shares of members among the suspects at which the precision is reported."""
     min_false_positives: Annotated[float, Field(ge=0)] = 10.0
     """A rate with fewer expected false positives in `test` than this is not reported."""
+    select_every: Annotated[int, Field(ge=1)] | None = None
+    """Epochs between two looks at the figures that a search selects by (`selection.…`), measured on
+    `calibration` split in two and never on `test`; the last epoch always has one. null: none."""
+    select_images: Annotated[int, Field(ge=1)] = 2000
+    """Images of `member`, and of `withheld`, that are scored for it at most; always the same."""
 
 
 Workers = Annotated[int, Field(ge=1)]

@@ -11,7 +11,7 @@ import torch
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, ScoreBatch, UserError
-from amint_ray.data.orders import Positions, random, shuffled
+from amint_ray.data.orders import Positions, fixed_sample, random, shuffled
 from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import crop_and_flip, to_model_input
 
@@ -220,9 +220,12 @@ class MemoryStreams:
                 sample_id=self._manifest.sample_id[rows],
             )
 
-    def score_batches(self, roles: Collection[Role]) -> Iterator[ScoreBatch]:
+    def score_batches(
+        self, roles: Collection[Role], most: int | None = None
+    ) -> Iterator[ScoreBatch]:
         """This rank's part of the samples with these roles, in the manifest's order."""
-        wanted = np.flatnonzero(np.isin(self._manifest.role, [role.value for role in roles]))
+        role = self._manifest.role
+        wanted = fixed_sample([np.flatnonzero(role == one.value) for one in set(roles)], most)
         mine = wanted[self._rank :: self._world_size]
         size = self._config.evaluation.batch_size
         for start in range(0, len(mine), size):

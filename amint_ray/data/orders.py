@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +19,25 @@ def random(seed: int, stream: str, number: int) -> np.random.Generator:
 def shuffled(positions: Positions, seed: int, stream: str, number: int) -> Positions:
     """A permutation for images in memory."""
     return random(seed, stream, number).permutation(positions)
+
+
+def fixed_sample(groups: Iterable[Positions], most: int | None) -> Positions:
+    """Up to `most` positions of each group, in ascending order; of the same groups always the same.
+
+    Drawn at random, not at equal distances: a source may have its classes in turn. Fewer are a part
+    of more.
+
+    Args:
+        groups: (n,) samples each; no sample is in two.
+        most: of each; None: all.
+    """
+    taken = [
+        group
+        if most is None or len(group) <= most
+        else group[random(0, "fixed sample", len(group)).permutation(len(group))[:most]]
+        for group in groups
+    ]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *taken]))
 
 
 def stream_count(readers: int) -> int:

@@ -21,7 +21,7 @@ from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, RunError, ScoreBatch
 from amint_ray.data.index import Rows
 from amint_ray.data.loading import Batches, Schedule, Step
-from amint_ray.data.orders import Positions, random, stream_count, windowed
+from amint_ray.data.orders import Positions, fixed_sample, random, stream_count, windowed
 from amint_ray.data.reading import Part, Piece, Wanted, read_parts
 from amint_ray.data.sources import Source
 from amint_ray.data.transforms import to_model_input
@@ -147,14 +147,17 @@ class StreamedStreams:
             self._next_step = number + 1
             yield self._batch(self._schedule.step(number), parts)
 
-    def score_batches(self, roles: Collection[Role]) -> Iterator[ScoreBatch]:
+    def score_batches(
+        self, roles: Collection[Role], most: int | None = None
+    ) -> Iterator[ScoreBatch]:
         """This rank's part of the samples with these roles, in the shards' order.
 
         Raises:
             RunError: more images are lost than `data.max_bad_fraction` allows.
         """
         rows = self._plan.rows
-        mine = np.array_split(rows.having(roles), self._plan.world_size)[self._plan.rank]
+        wanted = fixed_sample([rows.having([role]) for role in set(roles)], most)
+        mine = np.array_split(wanted, self._plan.world_size)[self._plan.rank]
         for part in self._read(_ScoreReader(self._plan, mine)):
             self._note_lost(part)
             if part.plain is None:

@@ -55,6 +55,15 @@ def proportion(successes: int, trials: int, *, confidence: float) -> Interval:
     return Interval(successes / trials, float(low), float(high))
 
 
+def mean(values: Scores, *, confidence: float) -> Interval:
+    """A mean with the interval that the normal distribution gives it: ± z·s/√n."""
+    if len(values) < 2:
+        return Interval.unknown("fewer than two samples")
+    value, half = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    half *= float(ndtri((1 + confidence) / 2))
+    return Interval(value, value - half, value + half)
+
+
 def auc(positives: Scores, negatives: Scores, *, confidence: float) -> Interval:
     """Area under the ROC curve: P(positive > negative) + ½ P(equal).
 

@@ -17,13 +17,20 @@ from amint_ray.evaluation.metrics import Interval
 Scores = npt.NDArray[np.float64]
 
 
-def evaluate(table: ScoreTable, config: Evaluation, *, head_trained: bool = True) -> dict[str, Any]:
+def evaluate(
+    table: ScoreTable,
+    config: Evaluation,
+    *,
+    head_trained: bool = True,
+    negatives: str = Role.TEST.value,
+) -> dict[str, Any]:
     """Every figure of membership and of the task, from saved scores alone.
 
     Args:
         table: the scores.
         config: levels and confidences.
         head_trained: False where λ₂ = 0; then nothing is said of the head.
+        negatives: what the rows called `test` are, for whoever reads the figures.
 
     Returns:
         `task.accuracy`; `membership.member` and `membership.withheld`, the MINT head's score on
@@ -36,7 +43,7 @@ def evaluate(table: ScoreTable, config: Evaluation, *, head_trained: bool = True
     )
     questions = (Role.MEMBER, Role.WITHHELD)
     head = {
-        role.value: _membership(table, role, table.mint_logit, config, half=0.0)
+        role.value: _membership(table, role, table.mint_logit, config, half=0.0, called=negatives)
         for role in questions
     }
     if not head_trained:
@@ -46,14 +53,22 @@ def evaluate(table: ScoreTable, config: Evaluation, *, head_trained: bool = True
         "task": {"accuracy": accuracy.as_dict()},
         "membership": head,
         "loss_threshold": {
-            role.value: _membership(table, role, -table.task_loss, config, half=None)
+            role.value: _membership(
+                table, role, -table.task_loss, config, half=None, called=negatives
+            )
             for role in questions
         },
     }
 
 
 def _membership(
-    table: ScoreTable, role: Role, scores: Scores, config: Evaluation, *, half: float | None
+    table: ScoreTable,
+    role: Role,
+    scores: Scores,
+    config: Evaluation,
+    *,
+    half: float | None,
+    called: str,
 ) -> dict[str, Any]:
     """The figures of one question: `role` against `test`, by one score.
 
@@ -63,6 +78,7 @@ def _membership(
         scores: (n,) one a row of the table.
         config: levels and confidences.
         half: the score that stands for a membership probability of 0.5, if there is one.
+        called: what the negatives are.
     """
     positives = scores[table.role == role.value]
     negatives = scores[table.role == Role.TEST.value]
@@ -83,7 +99,7 @@ def _membership(
         "compared": {
             "positives": role.value,
             "n_positives": len(positives),
-            "negatives": Role.TEST.value,
+            "negatives": called,
             "n_negatives": len(negatives),
             "seeds": 1,
         },
@@ -117,7 +133,7 @@ def _membership(
         figures["balanced_accuracy_at_half"] = metrics.balanced_accuracy(*rates(half)).as_dict()
     figures["tpr_at_fpr"], figures["realised_fpr_at"] = {}, {}
     for target in config.fprs:
-        tpr, fpr = _rates_at(target, rates, negatives, calibration, config)
+        tpr, fpr = _rates_at(target, rates, negatives, calibration, config, called)
         figures["tpr_at_fpr"][f"{target:g}"] = tpr.as_dict()
         figures["realised_fpr_at"][f"{target:g}"] = fpr.as_dict()
     return figures
@@ -137,12 +153,13 @@ def _rates_at(
     negatives: Scores,
     calibration: Scores,
     config: Evaluation,
+    called: str,
 ) -> tuple[Interval, Interval]:
     """TPR and realised FPR at the threshold calibrated to `target`, where they mean anything."""
     expected = target * len(negatives)
     if expected < config.min_false_positives:
         unknown = Interval.unknown(
-            f"{expected:.3g} false positives expected among {len(negatives)} test images, "
+            f"{expected:.3g} false positives expected among {len(negatives)} {called} images, "
             f"{config.min_false_positives:g} needed"
         )
         return unknown, unknown

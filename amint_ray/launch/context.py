@@ -126,19 +126,44 @@ class RayContext:
         earlier.sort(key=lambda checkpoint: str(checkpoint.path), reverse=True)
         for place, checkpoint in enumerate([newest, *earlier], start=1):
             with contextlib.ExitStack() as stack:
-                folder, faults = None, []
                 try:
-                    folder = Path(stack.enter_context(checkpoint.as_directory()))
-                    check_checkpoint(folder)
-                except (DamagedCheckpointError, OSError) as error:
-                    faults = [first_line(error)]
-                # What one worker cannot read none may take: they must all go on from the same.
-                if faults := gather_lists(faults):
-                    name = checkpoint.path.rpartition("/")[2]
+                    folder = _opened(checkpoint, stack)
+                except DamagedCheckpointError as error:
                     after = "none is before it" if place > len(earlier) else _TAKEN
-                    text = f"{name} cannot be used: {faults[0]}; {after}"
-                    self.progress({"phase": "notice", "text": text})
+                    self.progress({"phase": "notice", "text": f"{error}; {after}"})
                     continue
                 yield folder
                 return
         raise DamagedCheckpointError("no checkpoint of the run can be used; begin anew with --new")
+
+    @contextlib.contextmanager
+    def inherited(self, checkpoint: ray.train.Checkpoint | None) -> Iterator[Path | None]:
+        """Another run's checkpoint as a local folder; None where this run has one of its own.
+
+        It may be gone by then: the run that it is of keeps the last few.
+
+        Raises:
+            DamagedCheckpointError: it is not whole; on all ranks.
+        """
+        with contextlib.ExitStack() as stack:
+            needed = checkpoint is not None and ray.train.get_checkpoint() is None
+            yield _opened(checkpoint, stack) if needed else None
+
+
+def _opened(checkpoint: ray.train.Checkpoint, stack: contextlib.ExitStack) -> Path:
+    """Fetch a checkpoint, if it is not on this node, until the stack is left.
+
+    Raises:
+        DamagedCheckpointError: some rank cannot read it, hence none may take it: they must all go
+            on from the same.
+    """
+    folder, faults = Path(), []
+    try:
+        folder = Path(stack.enter_context(checkpoint.as_directory()))
+        check_checkpoint(folder)
+    except (DamagedCheckpointError, OSError) as error:
+        faults = [first_line(error)]
+    if faults := gather_lists(faults):
+        name = checkpoint.path.rpartition("/")[2]
+        raise DamagedCheckpointError(f"{name} cannot be used: {faults[0]}")
+    return folder

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from amint_ray.config.schema import Config, Tracking
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.contracts import RunError, UserError, Watcher, first_line, leaves
 from amint_ray.data.roles import Manifest
 from amint_ray.launch.beside import StorageSender
 from amint_ray.launch.dataset import Dataset
@@ -29,7 +29,6 @@ from amint_ray.tracking.run_log import (
     NewRun,
     OpenedRun,
     Status,
-    leaves,
     open_run,
     run_of,
     without_password,

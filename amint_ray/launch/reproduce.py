@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from amint_ray.config.load import ELSEWHERE, HARMLESS, fingerprint, load_config
 from amint_ray.config.schema import Config
-from amint_ray.contracts import UserError, Watcher, first_line
+from amint_ray.contracts import UserError, Watcher, first_line, leaves
 from amint_ray.data.roles import Manifest
 from amint_ray.tracking import run_log
 from amint_ray.tracking.versions import asking, open_mlflow
@@ -124,7 +124,7 @@ def _outcome(
         except UserError as error:
             watcher.notice(str(error))
     watcher.notice("MLflow does not give the new run's metrics: its figures alone are compared")
-    return run_log.leaves(again), str(again["workers"])
+    return leaves(again), str(again["workers"])
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

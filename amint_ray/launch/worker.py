@@ -30,7 +30,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     Args:
         arguments: `config`, `architecture` (a reference to it), `run_name`, `manifest` (its
             fingerprint), `data` for `open_streams`, and `sign`: a file of the driver's in storage
-            that every node must see; None: any will.
+            that every node must see; None: any will. Of a search's trial also `score`: False, and
+            `inherit`: a `ray.train.Checkpoint` of another trial to go on from, or None.
 
     Returns:
         The history, and when what happened, for the driver's clock; or `failed` and why; or
@@ -45,13 +46,18 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     context = RayContext(arguments["run_name"])
     streams = open_streams(config, arguments["data"], context)
     try:
-        with context.machine_watched(config.tracking.enabled * config.tracking.system_seconds):
+        with (
+            context.machine_watched(config.tracking.enabled * config.tracking.system_seconds),
+            context.inherited(arguments.get("inherit")) as inherit,
+        ):
             trained = train(
                 config,
                 ray.get(arguments["architecture"]),
                 streams,
                 context,
                 manifest=arguments["manifest"],
+                score=arguments.get("score", True),
+                inherit=inherit,
             )
     except DamagedCheckpointError as error:
         return {"failed": str(error), "diverged": False}

@@ -394,18 +394,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[name] = json.dumps(value) if isinstance(value, list | dict) else value
     return found
-
-
-def leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every `{value, low, high}` of a nested document, as `path`, `path.low`, `path.high`."""
-    found: dict[str, float] = {}
-    for key, value in figures.items():
-        name = f"{prefix}{key}"
-        if not isinstance(value, dict):
-            continue
-        if "value" not in value:
-            found |= leaves(value, f"{name}.")
-        elif value["value"] is not None:
-            found |= {name: value["value"]}
-            found |= {f"{name}.low": value["low"], f"{name}.high": value["high"]}
-    return found

@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunContext, RunError, ScoreTable, Streams
-from amint_ray.evaluation.scores import concatenate, score, write_scores
+from amint_ray.evaluation.scores import concatenate, write_scores
 from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.model.sync_norm import synchronise_norms
 from amint_ray.train.allocator import keep_freed_memory
 from amint_ray.train.finite import Step, check_finite
+from amint_ray.train.monitor import gather, monitor, score_roles
 from amint_ray.train.objective import Objective
-from amint_ray.train.parallel import in_step, replicate, shard
+from amint_ray.train.parallel import replicate, shard
 from amint_ray.train.recent import RecentSteps
-from amint_ray.train.reduce import gather_lists, share_buffers, sum_over_ranks
+from amint_ray.train.reduce import gather_lists, share_buffers
 from amint_ray.train.state import TrainState
 from amint_ray.train.step import SUMS, train_step
 from amint_ray.train.update import create_update, uncompiled
@@ -45,7 +46,7 @@ class Trained:
 
     Attributes:
         model: the trained model, on the rank's device; this rank's share of it where it is sharded.
-        scores: of all samples, on rank 0; empty on the others.
+        scores: of all samples, on rank 0; empty on the others, and where none were wanted.
         history: one entry an epoch.
         lost: images that some rank could not read when their turn came: the reason by sample id.
         seconds: of `setup`, `train` and `evaluate`.
@@ -65,6 +66,8 @@ def train(
     context: RunContext,
     *,
     manifest: str | None = None,
+    score: bool = True,
+    inherit: Path | None = None,
 ) -> Trained:
     """Train, score every sample, and commit checkpoints on the way.
 
@@ -74,10 +77,15 @@ def train(
         streams: this rank's data.
         context: this rank's world.
         manifest: fingerprint of the roles; a checkpoint under others is not taken.
+        score: False for a run that ends behind its last epoch, such as a search's trial: no sample
+            is scored, and that epoch has a checkpoint only if `train.checkpoint_every` says so.
+        inherit: another run's checkpoint to go on from under this configuration's learning rate,
+            weight decay and λ; not read where this run has one of its own.
 
     Raises:
         FloatingPointError: a loss is no longer finite.
-        ValueError: the newest checkpoint is of another configuration, or of other roles.
+        ValueError: the newest checkpoint is of another configuration, or of other roles; or what
+            is to be inherited does not fit.
         RunError: too many images were lost, or the last checkpoint could not be written.
     """
     started = time.perf_counter()
@@ -95,9 +103,17 @@ def train(
     with context.latest_checkpoint() as checkpoint:
         if checkpoint is not None:
             state.load(checkpoint, identity=identity)
-            streams.note_lost(state.lost)
-            if state.epoch < config.train.epochs:
-                context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
+        elif inherit is not None:
+            state.inherit(
+                inherit,
+                manifest=manifest,
+                architecture=architecture.to_json(),
+                steps_per_epoch=streams.steps_per_epoch,
+            )
+    if state.update.done:
+        streams.note_lost(state.lost)
+        if state.epoch < config.train.epochs:
+            context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
     model = replicate(state.model, context)
 
     set_up = committed = time.perf_counter()
@@ -111,24 +127,24 @@ def train(
 
     while state.epoch < config.train.epochs:
         _train_epoch(model, state, config, streams, context, commit)
-        done = state.epoch == config.train.epochs
-        if not done and state.epoch % config.train.checkpoint_every == 0:
+        last = score and state.epoch == config.train.epochs  # its checkpoint holds the scores, too
+        if not last and state.epoch % config.train.checkpoint_every == 0:
             commit(state.history[-1])
-    trained = time.perf_counter()
-    # All must decide alike, and their clocks do not.
-    if max(gather_lists([trained - committed])) > _SECONDS_WORTH_A_CHECKPOINT:
-        # Without the epoch's metrics: it must not take the place of one that `storage.keep_best`
-        # keeps, since the last one will hold the same weights.
-        commit({"epoch": state.epoch})
-    context.progress({"phase": "evaluate"})
-    with uncompiled():
-        batches = in_step(streams.score_batches(list(Role)), state.model, context)
-        part = score(state.model, batches, context.device)
-    scores = _gather(part, context)
-    _share_lost(state, streams)
-    evaluated = time.perf_counter()
-    if not commit(state.history[-1], scores):
-        raise RunError("the last checkpoint, with the trained model, could not be written")
+    trained = evaluated = time.perf_counter()
+    scores = concatenate([])
+    if score:
+        # All must decide alike, and their clocks do not.
+        if max(gather_lists([trained - committed])) > _SECONDS_WORTH_A_CHECKPOINT:
+            # Without the epoch's metrics: it must not take the place of one that
+            # `storage.keep_best` keeps, since the last one will hold the same weights.
+            commit({"epoch": state.epoch})
+        context.progress({"phase": "evaluate"})
+        with uncompiled():
+            scores = gather(score_roles(state.model, streams, context, list(Role)), context)
+        _share_lost(state, streams)
+        evaluated = time.perf_counter()
+        if not commit(state.history[-1], scores):
+            raise RunError("the last checkpoint, with the trained model, could not be written")
     assert isinstance(state.model, AuditedModel)
     return Trained(
         model=state.model,
@@ -262,16 +278,22 @@ def _train_epoch(
     share_buffers(state.model)
     entry = epoch_metrics(totals)
     seconds = time.perf_counter() - started
+    ended, every = state.epoch + 1, config.evaluation.select_every
+    look = every is not None and (ended % every == 0 or ended == config.train.epochs)
     with uncompiled():
-        entry |= _monitor(state.model, streams, context)
+        entry |= monitor(
+            state.model,
+            streams,
+            context,
+            select=config.evaluation if look else None,
+            head_trained=state.objective.uses_mint,
+        )
     _share_lost(state, streams)
     if broken := [name for name, value in entry.items() if not math.isfinite(value)]:
-        raise FloatingPointError(
-            f"{', '.join(broken)} not finite in epoch {state.epoch + 1}; lower train.lr"
-        )
+        raise FloatingPointError(f"{', '.join(broken)} not finite in epoch {ended}; lower train.lr")
     entry["train/steps_per_second"] = (streams.steps_per_epoch - first) / seconds
     entry["train/lr"] = float(state.update.optimizer.param_groups[0]["lr"])
-    state.epoch, state.step, state.sums = state.epoch + 1, 0, []
+    state.epoch, state.step, state.sums = ended, 0, []
     entry["epoch"] = state.epoch
     state.history.append(entry)
     context.progress({"phase": "epoch", **entry})
@@ -298,37 +320,6 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
     if of["told_rows"]:
         metrics["train/mint_loss"] = of["mint_loss"] / of["told_rows"]
     return metrics
-
-
-def _monitor(model: nn.Module, streams: Streams, context: RunContext) -> dict[str, float]:
-    """Means over `calibration`, to watch; `test` is looked at once, at the end."""
-    batches = in_step(streams.score_batches([Role.CALIBRATION]), model, context)
-    table = score(model, batches, context.device)
-    sums = torch.tensor(
-        [
-            table.task_loss.sum(),
-            (table.prediction == table.label).sum(),
-            table.mint_logit.sum(),
-            len(table),
-        ],
-        dtype=torch.float64,
-        device=context.device,
-    )
-    (loss, correct, mint, rows), _ = sum_over_ranks(sums)
-    return {
-        "calibration/task_loss": float(loss / rows),
-        "calibration/task_accuracy": float(correct / rows),
-        "calibration/mint_logit": float(mint / rows),
-    }
-
-
-def _gather(part: ScoreTable, context: RunContext) -> ScoreTable:
-    """All ranks' rows, on rank 0; nothing elsewhere."""
-    if context.world_size == 1:
-        return part
-    parts: list[Any] | None = [None] * context.world_size if context.rank == 0 else None
-    distributed.gather_object(part, parts)
-    return concatenate(parts or [])
 
 
 def identity_of(config: Config, manifest: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from amint_ray.train.update import Update
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 _READ_BYTES = 1 << 20
+_OF_THE_CONFIGURATION = ("lr", "initial_lr", "weight_decay")
+"""No more of an optimiser's groups: some keep there what moves, such as the number of steps."""
 
 
 class DamagedCheckpointError(Exception):
@@ -134,6 +136,58 @@ class TrainState:
                 raise ValueError(
                     f"{folder}: checkpoint with {name} {description[name]}, this run has {here}"
                 )
+        self._take(folder, description)
+
+    def inherit(
+        self, folder: Path, *, manifest: str | None, architecture: str, steps_per_epoch: int
+    ) -> None:
+        """Go on from another run's checkpoint, under this run's learning rate and weight decay.
+
+        Its moments and loss normalisers are kept: they are of the losses and gradients as they are
+        there, which λ and the learning rate do not scale.
+
+        Args:
+            folder: as for `load`.
+            manifest: fingerprint of this run's roles.
+            architecture: of this run's model, as JSON.
+            steps_per_epoch: of this run.
+
+        Raises:
+            ValueError: it is of other roles or another model, counts its steps otherwise, or has
+                another optimiser; as it does where λ₂ or the weight decay is 0 in one alone.
+        """
+        description = json.loads((folder / STATE).read_text())
+        steps = description["epoch"] * steps_per_epoch + description["step"]
+        for what, there, here in (
+            ("split into roles", description["manifest_fingerprint"], manifest),
+            ("architecture", description["architecture"], json.loads(architecture)),
+            ("number of steps an epoch", description["update"]["done"], steps),
+        ):
+            if there != here:
+                raise ValueError(f"{folder}: cannot be inherited: its {what} is not this run's")
+        try:
+            self._take(folder, description, keep=_OF_THE_CONFIGURATION)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: cannot be inherited: its optimiser or loss weighting is not this run's "
+                f"({first_line(error)}); loss.lambda_mint and train.weight_decay may differ, but "
+                "not be 0 in one of the two alone"
+            ) from error
+
+    def _take(
+        self, folder: Path, description: Mapping[str, Any], keep: Collection[str] = ()
+    ) -> None:
+        """Load all of a checkpoint.
+
+        Args:
+            folder: the checkpoint.
+            description: what its JSON says.
+            keep: settings of the optimiser's groups of parameters that stay as they are here.
+        """
+        kept = [
+            {name: value for name, value in group.items() if name in keep}
+            for group in self.update.optimizer.param_groups
+        ]
         if self.sharded:
             from amint_ray.train.shards import load_shards
 
@@ -142,7 +196,9 @@ class TrainState:
             self.model.load_state_dict(load_file(folder / WEIGHTS))
             moments = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
             self.update.optimizer.load_state_dict(moments)
-        self.update.load_state_dict(description["update"])
+        for group, settings in zip(self.update.optimizer.param_groups, kept, strict=True):
+            group |= settings
+        self.update.load_state_dict(description["update"])  # sets the schedule's learning rate
         self.objective.load_state_dict(description["objective"])
         self.epoch, self.history = description["epoch"], description["history"]
         self.step, self.sums = description["step"], description["sums"]

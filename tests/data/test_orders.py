@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from amint_ray.data.orders import Positions, shuffled, stream_count, windowed
+from amint_ray.data.orders import Positions, fixed_sample, shuffled, stream_count, windowed
 
 SIZES = np.random.default_rng(0).integers(3, 14, 60)
 SHARD = np.repeat(np.arange(60), SIZES).astype(np.int32)
@@ -194,3 +194,17 @@ def test_epochs_mix_what_lies_far_apart() -> None:
     for a, b in itertools.pairwise(together):
         shared = max(len(one & other) for one in a for other in b)
         assert shared <= 6  # of sixteen
+
+
+def test_a_fixed_sample_knows_no_period() -> None:
+    """A source that has its ten classes in turn is not sampled in one of them."""
+    first, second = np.arange(0, 4000, 2), np.arange(1, 400, 2)
+    sample = fixed_sample([first, second], 400)
+    assert np.array_equal(sample, np.sort(sample))
+    assert np.array_equal(sample[sample % 2 == 1], second)  # has no more
+    taken = sample[sample % 2 == 0]
+    assert len(set(taken.tolist())) == 400
+    counts = np.bincount(taken // 2 % 10, minlength=10)
+    assert counts.min() > 20
+    assert np.array_equal(fixed_sample([first], None), first)
+    assert fixed_sample([], 3).tolist() == []

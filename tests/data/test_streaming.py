@@ -13,7 +13,7 @@ import torch
 from small_source import Row, Set, assert_same_batches, config_of, rows_of
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Batch, Role
+from amint_ray.contracts import Batch, Role, Streams
 from amint_ray.data.streaming import _TrainReader
 from amint_ray.data.transforms import to_model_input
 
@@ -181,6 +181,28 @@ def test_scoring_covers_each_sample_once_as_memory_does(views: str, roles: list[
                         assert (image.numpy().tobytes(), label, role) == expected[name]
                         seen.append(name)
             assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize("most", [1, 7, 49, 50])
+def test_a_part_is_scored_alike_in_memory_and_streamed_by_any_number_of_workers(most: int) -> None:
+    """And is a part of any larger one; a role with fewer is scored whole."""
+    config, roles = config_of(), [Role.WITHHELD, Role.MEMBER]
+
+    def scored(streams: Streams, most: int | None) -> list[str]:
+        batches = streams.score_batches(roles, most)
+        return [name for batch in batches for name in batch.sample_id.tolist()]
+
+    expected = set(scored(SET.memory(config), most))
+    for role in roles:
+        assert len(expected & SET.having(role)) == min(most, COUNTS[role.value])
+    assert expected <= set(scored(SET.memory(config), most + 1)) <= SET.having(*roles)
+    for world, readers in ((1, 3), (3, 1)):
+        where = [{"rank": rank, "world": world} for rank in range(world)]
+        memory = [name for w in where for name in scored(SET.memory(config, **w), most)]
+        streamed = [
+            name for w in where for name in scored(SET.here(config, readers=readers, **w), most)
+        ]
+        assert sorted(memory) == sorted(streamed) == sorted(expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, sem
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
 from amint_ray.evaluation import metrics
@@ -267,3 +267,11 @@ def test_roc_is_scikit_learns(decimals: int) -> None:
     np.testing.assert_allclose(tpr, expected_tpr, atol=1e-12)
     area = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
     assert area == pytest.approx(metrics.auc(positives, negatives, confidence=0.95).value)
+
+
+def test_the_mean_is_scipys_and_needs_two_samples() -> None:
+    values = np.random.default_rng(0).exponential(2.0, 50)
+    low, high = norm.interval(0.9, values.mean(), sem(values))
+    got = limits(metrics.mean(values, confidence=0.9))
+    assert got == pytest.approx((values.mean(), low, high))
+    assert metrics.mean(values[:1], confidence=0.9).note == "fewer than two samples"

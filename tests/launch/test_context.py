@@ -100,6 +100,31 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_whichever_is_best(
     assert world.said[-1].endswith(f"{STATE} is missing; none is before it")
 
 
+def test_another_runs_checkpoint_is_opened_where_this_run_has_none(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "another"
+    folder.mkdir()
+    (folder / STATE).write_text(json.dumps({"files": {}}))
+    another = ray.train.Checkpoint.from_directory(folder)
+    context = RayContext("run")
+    own: list[ray.train.Checkpoint | None] = [None]
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: own[0])
+    with context.inherited(another) as taken:
+        assert taken == folder
+    with context.inherited(None) as taken:
+        assert taken is None
+    (folder / STATE).unlink()
+    with (
+        pytest.raises(DamagedCheckpointError, match=f"another cannot be used: {STATE} is missing"),
+        context.inherited(another),
+    ):
+        pass
+    own[0] = another  # whatever it is: it was begun with the other, which nobody needs any more
+    with context.inherited(another) as taken:
+        assert taken is None
+
+
 def report_together(rank: int, folder: Path) -> None:
     """A worker of two; the second one's disk takes nothing in the first try."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

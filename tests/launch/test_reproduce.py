@@ -15,7 +15,7 @@ import pytest
 from launch.silent import Silent
 
 from amint_ray.config.load import load_config
-from amint_ray.contracts import UserError
+from amint_ray.contracts import UserError, leaves
 from amint_ray.data.memory import load_memory
 from amint_ray.data.roles import Manifest
 from amint_ray.data.sources import open_source
@@ -30,7 +30,7 @@ from amint_ray.launch.reproduce import (
     reproduce,
     verdict,
 )
-from amint_ray.tracking.run_log import environment, leaves, open_run, run_of
+from amint_ray.tracking.run_log import environment, open_run, run_of
 
 FIGURES = {
     "task": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}},

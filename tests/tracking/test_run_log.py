@@ -13,12 +13,11 @@ import pytest
 
 import amint_ray
 from amint_ray.config.load import load_config
-from amint_ray.contracts import UserError, first_line
+from amint_ray.contracts import UserError, first_line, leaves
 from amint_ray.tracking.run_log import (
     EPOCH_METRIC,
     STEP_METRIC,
     check_tracking,
-    leaves,
     open_run,
     run_of,
     without_password,

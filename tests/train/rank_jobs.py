@@ -22,10 +22,11 @@ from training_setup import (
     streams_of,
 )
 
-from amint_ray.config.schema import Config, Loss
+from amint_ray.config.schema import Config, Evaluation, Loss
 from amint_ray.contracts import Role
 from amint_ray.evaluation.scores import score
-from amint_ray.train.loop import _gather, _monitor, create_state, train
+from amint_ray.train.loop import create_state, train
+from amint_ray.train.monitor import gather, monitor
 from amint_ray.train.parallel import replicate
 from amint_ray.train.step import train_step
 
@@ -57,6 +58,7 @@ TRAININGS: dict[str, Config] = {
     ),
 }
 BATCH_NORM = config_of(RESNET, train={"optimizer": "sgd", "lr": 0.05})
+SELECT = Evaluation(select_images=15, min_false_positives=0, threshold_fpr=0.4, fprs=(0.3,))
 POISONED = config_of(CONVNEXT, train={"epochs": 3, "checkpoint_every": 1})
 BAD_STEP, BAD_RANK = 5, 1
 
@@ -81,9 +83,10 @@ def untrained_scores(context: RankContext) -> dict[str, Any]:
     streams = streams_of(config, rank=context.rank, world_size=context.world_size)
     model = create_state(config, architecture_of(config), 1, context.device).model
     return {
-        "monitor": _monitor(model, streams, context),
+        "monitor": monitor(model, streams, context),
+        "select": monitor(model, streams, context, select=SELECT),
         "scores": vars(
-            _gather(score(model, streams.score_batches(list(Role)), context.device), context)
+            gather(score(model, streams.score_batches(list(Role)), context.device), context)
         ),
     }
 

@@ -81,6 +81,11 @@ def test_scores_and_monitor_are_those_of_one_worker(
     assert COUNTS[Role.CALIBRATION] % 2 == 1
     for rank in two:
         assert rank["untrained"]["monitor"] == pytest.approx(alone["monitor"], rel=1e-5)
+        assert rank["untrained"]["select"] == pytest.approx(alone["select"], rel=1e-5)
+    # The watched values are there, too, and what is selected by is the same to the last bit.
+    assert two[0]["untrained"]["select"] == two[1]["untrained"]["select"]
+    assert alone["monitor"].items() <= alone["select"].items()
+    assert {"selection.membership.member.auc", "selection.task.loss"} <= alone["select"].keys()
     _same_table(two[0]["untrained"]["scores"], alone["scores"], 1e-5)
     ids = alone["scores"][ID].tolist()
     assert ids == sorted(data_set()[1].sample_id.tolist())

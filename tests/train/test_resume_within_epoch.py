@@ -81,8 +81,8 @@ class Watched:
             self.shown[epoch, step] = batch.sample_id[: batch.n_task].tolist(), e
             yield batch
 
-    def score_batches(self, roles: Any) -> Any:
-        return self._streams.score_batches(roles)
+    def score_batches(self, roles: Any, most: int | None = None) -> Any:
+        return self._streams.score_batches(roles, most)
 
     def close(self) -> None:
         self._streams.close()
