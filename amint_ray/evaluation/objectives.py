@@ -11,6 +11,14 @@ Objective = tuple[str, str]
 
 TASK: Objective = ("task.accuracy", "max")
 AUDIT: Objective = ("membership.member.auc", "max")
+HEADLINE = (
+    TASK[0],
+    AUDIT[0],
+    "membership.member.tpr_at_fpr.0.01",
+    "membership.withheld.auc",
+    "membership.withheld.tpr_at_fpr.0.01",
+)
+"""Figures that are told of a model whatever a search was after."""
 
 
 def front_axes(objectives: Sequence[Objective]) -> list[Objective]:
@@ -64,6 +72,13 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
         )
         for name, own in endings.items()
     }
+
+
+def metric_names(metrics: Iterable[str]) -> dict[str, str]:
+    """What metrics are called: short, and never like one of `HEADLINE` that is not meant."""
+    wanted = dict.fromkeys(metrics)
+    names = short_names([*wanted, *HEADLINE])
+    return {metric: names[metric] for metric in wanted}
 
 
 def _endings(name: str) -> list[str]:

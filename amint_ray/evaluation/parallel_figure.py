@@ -19,6 +19,7 @@ from amint_ray.evaluation.objectives import (
     Objective,
     goodness,
     is_number,
+    metric_names,
     short_names,
     shown,
     spans_decades,
@@ -61,7 +62,7 @@ def parallel_coordinates(
     another epoch.
     """
     names = sorted({name for each in configurations for name in each.parameters})
-    short = short_names([*names, *(metric for metric, _ in objectives)])
+    short = short_names(names) | metric_names(metric for metric, _ in objectives)
     scales = []
     for name in names:
         values = [each.parameters.get(name, _MISSING) for each in configurations]
