@@ -38,8 +38,8 @@ def importance(
 
     Returns:
         by parameter, the most important first, `{value, low, high}`; None with too few
-        configurations, where metric or parameters do not vary, or where the forest cannot tell
-        anything. The same for the same configurations, in any order.
+        configurations, where metric or parameters do not vary, or where the forest guesses no
+        better out of bag than the mean does. The same for the same configurations, in any order.
     """
     measured = [(each.value(metric), each) for each in configurations if each.complete]
     pairs = sorted(((v, c) for v, c in measured if v is not None), key=lambda pair: pair[1].number)
@@ -47,7 +47,10 @@ def importance(
     features = _encode([each.parameters for _, each in pairs])
     if len(y) < FEWEST_CONFIGURATIONS or np.ptp(y) == 0 or not any(f.varies for f in features):
         return None
-    growth = _error_growth(features, (y - y.mean()) / y.std())
+    # In units of the metric's variance: a forest that errs by 1 knows no more than the mean does.
+    error, growth = _error_growth(features, (y - y.mean()) / y.std())
+    if error >= 1:
+        return None
     total = float(np.maximum(growth.mean(axis=1), 0).sum())
     if total <= 0:
         return None
@@ -131,8 +134,10 @@ def _tells(
 
 def _error_growth(
     features: Sequence[_Feature], y: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """(parameters, repeats): by how much shuffling each raises the out-of-bag squared error.
+) -> tuple[float, npt.NDArray[np.float64]]:
+    """The forest's out-of-bag squared error, and by how much shuffling each parameter raises it.
+
+    The latter is (parameters, repeats).
 
     scikit-learn's `permutation_importance` shuffles single columns and scores on what the forest
     was grown from or on data held out, of which a search has none to spare.
@@ -159,7 +164,7 @@ def _error_growth(
         )
         return found
 
-    plain = error(x[None])[0]
+    plain = float(error(x[None])[0])
     growth = np.zeros((len(features), _REPEATS))
     start = 0
     for i, feature in enumerate(features):
@@ -171,4 +176,4 @@ def _error_growth(
                 variant[feature.rows, start:end] = x[shuffled, start:end]
             growth[i] = error(variants) - plain
         start = end
-    return growth
+    return plain, growth

@@ -208,7 +208,7 @@ def importance_bars(
     for panel, (metric, found) in zip(all_panels, importances.items(), strict=False):
         panel.set_title(metric, fontsize="medium")
         if found is None:
-            empty(panel, "too few complete configurations,\nor nothing that varies")
+            empty(panel, "too few complete configurations,\nor nothing that parameters explain")
             continue
         names = list(found)[:_MOST_BARS]
         values = np.array(

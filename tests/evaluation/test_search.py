@@ -204,6 +204,7 @@ def test_importance_is_not_stated_where_there_is_too_little_to_learn_from() -> N
     assert importance(scored(rows, np.full(12, 0.5)), AUC[0]) is None
     assert importance(scored([{"placement": "entry"}] * 12, values), AUC[0]) is None
     assert importance(scored(rows, values), "another.metric") is None
+    assert importance(scored(rows, values), AUC[0]) is None  # what was drawn depends on nothing
     assert importance([], AUC[0]) is None
 
 

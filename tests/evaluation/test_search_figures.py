@@ -61,7 +61,7 @@ def test_where_nothing_is_done_the_pictures_say_so() -> None:
     texts = drawn(
         importance_bars({AUC[0]: None, "other": {"a.b": {"value": 1, "low": 1, "high": 1}}})
     )
-    assert {"b", "too few complete configurations,\nor nothing that varies"} <= texts
+    assert {"b", "too few complete configurations,\nor nothing that parameters explain"} <= texts
 
 
 def test_pareto_tells_the_front_the_stopped_and_what_breaks_the_constraint_apart() -> None:
