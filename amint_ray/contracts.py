@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -238,6 +238,27 @@ class Watcher(Protocol):
 
     def heartbeat(self) -> None:
         """Called a few times a second while the run waits; may raise to stop it."""
+
+
+class SearchWatcher(Watcher, Protocol):
+    """Whoever follows a search on a screen."""
+
+    def trials(
+        self,
+        trials: Sequence[Mapping[str, Any]],
+        *,
+        objectives: Sequence[tuple[str, str]],
+        planned: int,
+        concurrent: int,
+    ) -> None:
+        """How all trials stand; may be called as often as one likes.
+
+        Args:
+            trials: as `evaluation.search` takes them.
+            objectives: metrics with "max" or "min".
+            planned: trials in all.
+            concurrent: how many run at a time.
+        """
 
 
 class RunContext(Protocol):

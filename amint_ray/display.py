@@ -9,10 +9,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -21,9 +21,15 @@ _SECONDS_BETWEEN_LINES = 5.0
 class LiveDisplay:
     """A bar that follows epochs, step rate, both losses and the time left."""
 
-    def __init__(self, console: Console, heartbeat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        heartbeat: Callable[[], None] = lambda: None,
+        *,
+        above: RenderableType | None = None,
+    ) -> None:
         self.heartbeat = heartbeat
-        self._progress = Progress(
+        self._progress = _ProgressBelow(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,6 +40,7 @@ class LiveDisplay:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._progress.above = above
         self._task = self._progress.add_task("starting", total=None, detail="")
         self._steps = _StepRate()
         self._losses = ""
@@ -71,6 +78,17 @@ class LiveDisplay:
     def close(self) -> None:
         """Take the bar away."""
         self._progress.stop()
+
+
+class _ProgressBelow(Progress):
+    """A bar with something else above it, as a terminal takes one live display alone."""
+
+    above: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.above is not None:
+            yield self.above
+        yield from super().get_renderables()
 
 
 class PlainDisplay:
