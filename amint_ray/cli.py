@@ -100,6 +100,49 @@ def train(
     print_document(document, print_result, stdout, as_json=as_json)
 
 
+@cli.command()
+@click.argument("file", metavar="SEARCH.yaml")
+@_OVERRIDES
+@click.option("--dry-run", is_flag=True, help="Show the trials it would begin with, and stop.")
+@click.option("--new", is_flag=True, help="Begin anew, beside a search of the same name.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("--verbose", is_flag=True, help="Let Ray and MLflow talk, and show tracebacks.")
+def tune(
+    file: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    new: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Search over configurations on Ray Tune, and train the winner again.
+
+    KEY is one of the search file (`budget.trials=8`) or of the configuration, for all trials
+    (`data.path=FOLDER`). Where the same search was cut off, it goes on. For instance: amint tune
+    tune_configs/digits.yaml
+    """
+    from amint_ray.config.search import load_search
+    from amint_ray.display import results_only
+    from amint_ray.search_display import open_search_display
+    from amint_ray.search_tables import print_planned, print_search
+    from amint_ray.tables import print_document
+
+    search = load_search(file, overrides)
+    with results_only(verbose=verbose) as stdout:
+        display = open_search_display(raise_if_stopped, plain=verbose)
+        try:
+            display.phase("starting")
+            from amint_ray.launch import tune_run  # torch and timm: seconds
+
+            if dry_run:
+                document = tune_run.show_plan(search, display)
+            else:
+                document = tune_run.run_search(search, display, new=new, verbose=verbose)
+        finally:
+            display.close()
+    print_document(document, print_planned if dry_run else print_search, stdout, as_json=as_json)
+
+
 @cli.command(cls=_RecipeCommand)
 @click.argument("recipe")
 @_OVERRIDES

@@ -235,6 +235,11 @@ class SearchSpec(Section):
         if name == "pbt":
             if self.scheduler.name != "none":
                 raise ValueError("algorithm.name = pbt decides itself; set scheduler.name=none")
+            if self.algorithm.perturb_every % self.report_every:
+                raise ValueError(
+                    f"algorithm.perturb_every = {self.algorithm.perturb_every} must be a multiple "
+                    f"of report_every = {self.report_every}"
+                )
             if self.seeds > 1 or len(metrics) > 1:
                 raise ValueError("algorithm.name = pbt takes one objective and seeds = 1")
         return self
@@ -442,19 +447,3 @@ def identity(search: Search) -> dict[str, Any]:
     """What the fingerprint is over, by key."""
     values = search.spec.model_dump(mode="json", exclude={"budget", "final", "paper", "variables"})
     return {**values, "configuration": fingerprint(search.base), "overrides": None}
-
-
-def recipe_text(config: Config, *, base: str, settings: Settings, comments: Sequence[str]) -> str:
-    """A recipe file that gives this configuration: what it extends, and what is different.
-
-    Args:
-        config: the whole configuration, whose name the recipe gets.
-        base: the recipe that it extends.
-        settings: by dotted key.
-        comments: lines at its top.
-    """
-    tree = OmegaConf.create({"extends": base, "name": config.name})
-    for key, value in settings.items():
-        OmegaConf.update(tree, key, value)
-    head = "".join(f"# {line}\n" for line in comments)
-    return head + OmegaConf.to_yaml(tree)

@@ -87,9 +87,13 @@ class TrialRecord:
 
 
 class Ledger:
-    """All trials of a search, by id; every thread may call it."""
+    """All trials of a search, by id; every thread may call it.
 
-    def __init__(self, folder: Location) -> None:
+    Args:
+        folder: where they are kept; None: nowhere.
+    """
+
+    def __init__(self, folder: Location | None) -> None:
         self._folder = folder
         self._lock = threading.RLock()
         self._started: dict[str, float] = {}
@@ -103,6 +107,7 @@ class Ledger:
         Raises:
             OSError: storage cannot be read.
         """
+        assert self._folder is not None
         for entry in list_files(self._folder, ".json"):
             with open_input(self._folder, entry.name) as file, contextlib.suppress(ValueError):
                 record = TrialRecord(**json.loads(file.read()))
@@ -156,6 +161,8 @@ class Ledger:
         return 0.0 if started is None else time.monotonic() - started
 
     def _write(self, record: TrialRecord) -> None:
+        if self._folder is None:
+            return
         with write_atomically(self._folder, f"{record.id}.json") as file:
             file.write(json.dumps(asdict(record)).encode())
 

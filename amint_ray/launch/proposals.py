@@ -247,6 +247,10 @@ class Proposals(Searcher):  # type: ignore[misc]
         """Tune stores the searcher, too; it is never read."""
         return {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Proposals:
+        """Tune works with what it was given."""
+        return self
+
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: a search that goes on makes a new one of these from the ledger."""
 

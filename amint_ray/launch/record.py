@@ -38,6 +38,7 @@ def record(
     *,
     history: Sequence[Mapping[str, float]],
     lost: Mapping[str, str],
+    register: bool,
 ) -> dict[str, Any]:
     """Measure and store; the model last, so that a registered version has everything behind it.
 
@@ -47,6 +48,7 @@ def record(
         run: is told all of it.
         history: of the epochs.
         lost: images that could not be read when their turn came: the reason by sample id.
+        register: the model.
 
     Returns:
         The run's document, as `run_training` describes it, without what MLflow has yet to say.
@@ -114,7 +116,8 @@ def record(
     for picture_name, picture in pictures.items():
         picture.savefig(folder / f"{picture_name}.png", dpi=120)
     run.tell_files(folder)
-    run.tell_model(model, name, tags=headline_tags(document), description=shortened(card))
+    if register:
+        run.tell_model(model, name, tags=headline_tags(document), description=shortened(card))
     return document
 
 

@@ -212,9 +212,7 @@ def _finished(run: RunRecords) -> RunRecords:
 def recording(
     prepared: Prepared, asked: Config, watcher: Watcher, *, tags: Mapping[str, str]
 ) -> Iterator[Recording]:
-    """An MLflow run around the body, which finishes it; ended as what the body ended as if not.
-
-    It is opened while the workers start, since making a database takes seconds.
+    """The MLflow run of a training around the body, as from `recorded`.
 
     Args:
         prepared: the run's settings and data.
@@ -222,7 +220,21 @@ def recording(
         watcher: is told how the MLflow run was marked where the body raised.
         tags: what is known of where it runs; told to a run that goes on, too.
     """
-    run = Recording(lambda: _open(prepared, asked, tags))
+    with recorded(lambda: _open(prepared, asked, tags), watcher) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def recorded(begin: Callable[[], RunRecords], watcher: Watcher) -> Iterator[Recording]:
+    """An MLflow run around the body, which finishes it; ended as what the body ended as if not.
+
+    It is opened while the workers start, since making a database takes seconds.
+
+    Args:
+        begin: opens it.
+        watcher: is told how it was marked where the body raised.
+    """
+    run = Recording(begin)
     try:
         yield run
     except BaseException as raised:

@@ -61,6 +61,8 @@ def run_training(
     resume: Resume = Resume(),
     tags: Mapping[str, str] | None = None,
     check_data: Callable[[Manifest], None] = lambda manifest: None,
+    register: bool = True,
+    connected: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Train, measure, record and register.
@@ -72,6 +74,8 @@ def run_training(
         tags: of the MLflow run, beside its own.
         check_data: is shown all samples and their roles before anything is done with them, and may
             raise.
+        register: the model, in MLflow.
+        connected: whether the cluster is joined, or started, already.
         verbose: let Ray talk.
 
     Returns:
@@ -104,7 +108,8 @@ def run_training(
     _import_meanwhile("mlflow", "amint_ray.launch.record")
     watcher.phase("starting Ray")
     address = address_of(config.cluster)
-    with clock.around("ray", connect(address, verbose=verbose)):
+    joining = contextlib.nullcontext() if connected else connect(address, verbose=verbose)
+    with clock.around("ray", joining):
         if address is not None:
             with clock.phase("wait"):
                 wait_for_room(config.cluster, watcher)
@@ -158,7 +163,12 @@ def run_training(
             with clock.phase("log"), fitted.checkpoint.as_directory() as folder:
                 last = Path(folder)
                 document = record.record(
-                    prepared, last, run, history=fitted.history, lost=fitted.lost
+                    prepared,
+                    last,
+                    run,
+                    history=fitted.history,
+                    lost=fitted.lost,
+                    register=register,
                 )
                 recorded = record.finish(prepared, document, run, watcher)
             if document["no_program"] is not None:

@@ -220,9 +220,12 @@ def judged(
     if value is None:
         return {"score": -(_INFEASIBLE**2), "violation": violation}
     score = value if objective.mode == "max" else -value
-    if violation:
-        score -= _INFEASIBLE * (1 + violation)
-    return {"score": score, "violation": violation}
+    return {"score": score - penalty(violation), "violation": violation}
+
+
+def penalty(violation: float | None) -> float:
+    """What puts a trial that breaks the constraint behind all that keep it."""
+    return _INFEASIBLE * (1 + violation) if violation else 0.0
 
 
 def _committed(run: Location, epoch: int) -> ray.train.Checkpoint | None:

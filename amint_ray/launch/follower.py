@@ -1,0 +1,279 @@
+"""Ray Tune's part of a search: its schedulers, and what it says of the trials."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from amint_ray.config.schema import Config
+from amint_ray.config.search import Search
+from amint_ray.config.space import Real
+from amint_ray.contracts import UserError
+from amint_ray.launch.children import Children
+from amint_ray.launch.ledger import Ledger, TrialRecord
+from amint_ray.launch.proposals import Proposals
+from amint_ray.launch.trial import Given, judged, penalty, run_trial
+from amint_ray.storage import Location
+
+_ENOUGH_FAILURES = 5
+"""Trials that fail alike, with none that does not, after which no more are tried."""
+_TRIAL_BYTES = 1 << 20
+"""Ray wants a trial to ask for something. A core, or a hundredth of one, would be missing to the
+workers, who need whole ones."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How Tune is to run.
+
+    Attributes:
+        planned: trials in all.
+        concurrent: trials at a time.
+        name: of Tune's own folder.
+        folder: what that lies in.
+        seconds_left: after which all trials are stopped; None: never.
+    """
+
+    planned: int
+    concurrent: int
+    name: str
+    folder: Location
+    seconds_left: float | None
+
+
+def run_tune(
+    search: Search, given: Given, proposals: Proposals, follower: Follower, settings: Settings
+) -> None:
+    """Run trials until no more are proposed; all that is learned of them is in the ledger.
+
+    Raises:
+        Exception: whatever Tune raises.
+    """
+    folder = settings.folder
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, given=given), {"memory": _TRIAL_BYTES}
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=proposals,
+            scheduler=create_scheduler(search, follower),
+            num_samples=settings.planned,
+            max_concurrent_trials=settings.concurrent,
+            time_budget_s=settings.seconds_left,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=settings.name,
+            storage_path=folder.path,
+            storage_filesystem=folder.filesystem if folder.remote else None,
+            verbose=0,
+            callbacks=[follower],
+            failure_config=tune.FailureConfig(max_failures=search.spec.budget.retries),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            stop=_Hopeless(follower),
+        ),
+    )
+    tuner.fit()
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["id"])
+
+
+class _Hopeless(tune.Stopper):  # type: ignore[misc]
+    """Ends a search of which nothing can come."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """No trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all trials so far failed, and enough did."""
+        return self._follower.hopeless
+
+
+class Follower(tune.Callback):  # type: ignore[misc]
+    """Keeps the ledger and the MLflow runs; Tune calls it in its own thread.
+
+    Attributes:
+        hopeless: whether trials fail, and fail alike.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        children: Children,
+        proposals: Proposals,
+        configure: Callable[[TrialRecord], Config],
+    ) -> None:
+        self.ledger = ledger
+        self.hopeless = False
+        self._children, self._proposals, self._configure = children, proposals, configure
+        self._notices: list[str] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune stores its callbacks, too; they are never read."""
+        return {}
+
+    def notices(self) -> list[str]:
+        """What is to be shown, once."""
+        told, self._notices = self._notices, []
+        return told
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins, or begins again."""
+        identity = trial.config["id"]
+        self.ledger.begin(identity)
+        with contextlib.suppress(UserError):  # it has no configuration, as it is about to report
+            self._children.begin(identity, self._configure(self.ledger.trials[identity]))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A look at a trial, or that it failed for good."""
+        identity = trial.config["id"]
+        if "failed" in result:
+            self._end(identity, "failed", result["failed"])
+            return
+        if "figures" not in result:
+            return
+        with self.ledger.changing(identity, keep=False) as record:
+            record.looked(result["epoch"], result["figures"], result["violation"])
+        self._notices += [f"{identity}: {text}" for text in result["notices"]]
+        changed = _perturbed(self.ledger.trials[identity], trial.config)
+        if changed:
+            with self.ledger.changing(identity) as record:
+                record.settings |= changed
+        named = {f"pbt/{key}": value for key, value in changed.items()}
+        self._children.hear(identity, {**result["entry"], **named})
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended, or was stopped."""
+        record = self.ledger.trials[trial.config["id"]]
+        whole = record.epoch == record.epochs
+        self._end(record.id, "done" if whole else "stopped", None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed, and is not tried again."""
+        error = trial.get_error()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        last = lines[-1] if lines else "unknown"
+        for kind in ("amint_ray.contracts.RunError: ", "amint_ray.contracts.UserError: "):
+            last = last.removeprefix(kind)
+        self._end(trial.config["id"], "failed", last)
+
+    def _end(self, trial: str, state: Any, reason: str | None) -> None:
+        if self.ledger.trials[trial].ended:
+            return
+        self.ledger.end(trial, state, reason)
+        self._children.end(trial, state, reason)
+        self._proposals.learn(trial)
+        failed = self.ledger.where(lambda t: t.state == "failed" and not t.baseline)
+        others = self.ledger.where(lambda t: t.state != "failed" and bool(t.history))
+        alike = len({record.reason for record in failed}) == 1
+        candidates = [record for record in others if not record.baseline]
+        if state == "failed" and len(failed) >= _ENOUGH_FAILURES and alike and not candidates:
+            self.hopeless = True
+
+
+def _perturbed(record: TrialRecord, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that population-based training changed, by key."""
+    found = {}
+    for key, value in record.settings.items():
+        at: Any = arguments["config"]
+        for part in key.split("."):
+            at = at.get(part) if isinstance(at, dict) else None
+        if isinstance(at, float) and at != value:
+            found[key] = at
+    return found
+
+
+def create_scheduler(search: Search, follower: Follower) -> TrialScheduler:
+    """Tune's scheduler; ASHA knows of all trials that have ended already."""
+    spec, epochs = search.spec, search.base.train.epochs
+    if spec.algorithm.name == "pbt":
+        return _population(search)
+    if spec.scheduler.name == "none":
+        return FIFOScheduler()
+    scheduler = ASHAScheduler(
+        time_attr="epoch",
+        metric="score",
+        mode="max",
+        # One more than there are: a trial ends by itself.
+        max_t=max(epochs, spec.scheduler.grace) + 1,
+        grace_period=spec.scheduler.grace,
+        reduction_factor=spec.scheduler.reduction,
+    )
+    for record in follower.ledger.where(lambda t: t.ended and not t.baseline and bool(t.history)):
+        remembered = SimpleNamespace(trial_id=record.id)
+        scheduler.on_trial_add(None, remembered)
+        for entry in record.history:
+            score = _score(search, entry)
+            scheduler.on_trial_result(
+                None, remembered, {"epoch": int(entry["epoch"]), "score": score}
+            )
+    return scheduler
+
+
+def _score(search: Search, entry: Mapping[str, float]) -> float:
+    """Of a look that is in the ledger, as the trial reported it."""
+    spec = search.spec
+    score: float = judged(spec.objective[0], None, entry, plain=None)["score"]
+    return score - penalty(entry.get("violation"))
+
+
+def _population(search: Search) -> PopulationBasedTraining:
+    algorithm = search.spec.algorithm
+    mutations: dict[str, Any] = {}
+    bounds: dict[str, Real] = {}
+    for key in algorithm.perturb:
+        parameter = search.space.parameters[key]
+        assert isinstance(parameter, Real)
+        bounds[key] = parameter
+        *sections, name = key.split(".")
+        at = mutations
+        for section in sections:
+            at = at.setdefault(section, {})
+        drawn = tune.loguniform if parameter.log else tune.uniform
+        at[name] = drawn(parameter.low, parameter.high)
+    # Which of several it draws from; it takes no seed of its own.
+    random.seed(algorithm.seed)
+    np.random.seed(algorithm.seed)
+
+    def within(arguments: dict[str, Any]) -> dict[str, Any]:
+        for key, parameter in bounds.items():
+            *sections, name = key.split(".")
+            at = arguments["config"]
+            for section in sections:
+                at = at[section]
+            at[name] = min(max(at[name], parameter.low), parameter.high)
+        return arguments
+
+    return PopulationBasedTraining(
+        time_attr="epoch",
+        metric="score",
+        mode="max",
+        perturbation_interval=algorithm.perturb_every,
+        hyperparam_mutations={"config": mutations},
+        custom_explore_fn=within,
+        require_attrs=False,
+        log_config=False,
+    )

@@ -1,0 +1,225 @@
+"""Before Ray starts: everything about a search that can be found wrong without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from amint_ray.config import space as spaces
+from amint_ray.config.schema import Config
+from amint_ray.config.search import Search
+from amint_ray.config.space import Space
+from amint_ray.contracts import Role, ScoreTable, UserError, Watcher, first_line
+from amint_ray.data.roles import Manifest
+from amint_ray.evaluation.selection import selection_metrics
+from amint_ray.launch.ledger import TrialRecord
+from amint_ray.model.backbone import create_backbone
+from amint_ray.model.blocks import blocks
+from amint_ray.model.joint import plan_architecture
+from amint_ray.model.placement import landmarks
+from amint_ray.model.survey import Site, survey
+
+_ON_READING = ("data.image_size", "data.channels", "data.crop_pct")
+"""What must be the same for images that are held in memory."""
+_CHECKPOINTS_FOR_OTHERS = 4
+_MOST_ARCHITECTURES = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search whose parts fit.
+
+    Attributes:
+        search: as it was asked for.
+        space: its space, the backbone's modules filled in.
+        base: the configuration that the trials start from, workers settled.
+    """
+
+    search: Search
+    space: Space
+    base: Config
+
+    def trial(self, trial: TrialRecord, settled: Config) -> Config:
+        """A trial's configuration.
+
+        Args:
+            trial: tells settings and seed.
+            settled: tells how the images are read.
+
+        Raises:
+            UserError: the settings do not go together.
+        """
+        config = self.search.config(trial.settings, seed=trial.seed)
+        data = config.data.model_copy(
+            update={"mode": settled.data.mode, "streams": settled.data.streams}
+        )
+        changes: dict[str, Any] = {"data": data, "cluster": self.base.cluster}
+        algorithm = self.search.spec.algorithm
+        if algorithm.name == "pbt":
+            every = {"checkpoint_every": algorithm.perturb_every}
+            keep = max(config.storage.keep, _CHECKPOINTS_FOR_OTHERS)
+            changes["train"] = config.train.model_copy(update=every)
+            changes["storage"] = config.storage.model_copy(update={"keep": keep})
+        return config.model_copy(update=changes)
+
+
+def base_of(search: Search) -> Config:
+    """What the trials start from: one worker each, unless more are asked for."""
+    base = search.base
+    if base.cluster.workers is None:
+        cluster = base.cluster.model_copy(update={"workers": 1})
+        base = base.model_copy(update={"cluster": cluster})
+    if any(key in _ON_READING for key in spaces.keys(search.space)):
+        if base.data.mode == "memory":
+            raise UserError(
+                f"search: space: {', '.join(_ON_READING)} change how images are decoded, and "
+                "data.mode=memory decodes them once; take data.mode=streamed"
+            )
+        data = base.data.model_copy(update={"mode": "streamed"})
+        base = base.model_copy(update={"data": data})
+    return base
+
+
+def plan_search(search: Search, watcher: Watcher) -> Plan:
+    """Whether each value of the space gives a model.
+
+    Args:
+        search: what is asked for.
+        watcher: is told what goes on.
+
+    Raises:
+        UserError: one does not.
+    """
+    watcher.phase("checking the space")
+    base, space = base_of(search), search.space
+    if spaces.has_modules(space):
+        if "model.backbone" in set(spaces.keys(space)) or "recipe" in set(spaces.keys(space)):
+            raise UserError(
+                "search: space: `modules` are those of one backbone, and the space has several; "
+                "give mint.taps as placements, or search one backbone at a time"
+            )
+        sites = _Modules(base)
+        try:
+            space = spaces.with_modules(space, sites.names)
+        except ValueError as error:
+            raise UserError(f"search: {error}") from error
+    if search.spec.algorithm.name == "grid":
+        try:
+            spaces.grid(space)
+        except ValueError as error:
+            raise UserError(f"search: {error}") from error
+    seen: set[str] = set()
+    for settings in spaces.probes(space):
+        watcher.heartbeat()
+        config = search.config(settings)
+        shape = (config.data.image_size, config.data.channels)
+        key = f"{config.model!r} {config.mint!r} {shape}"
+        if key in seen or len(seen) == _MOST_ARCHITECTURES:
+            continue
+        seen.add(key)
+        try:
+            plan_architecture(config, num_classes=2)
+        except UserError as error:
+            told = ", ".join(f"{name}={value}" for name, value in settings.items())
+            raise UserError(f"search: space: {told}: {first_line(error)}") from error
+    return Plan(search, space, base)
+
+
+class _Modules:
+    """What can be tapped of a backbone."""
+
+    def __init__(self, config: Config) -> None:
+        size = config.data.image_size
+        with torch.device("meta"):
+            model = create_backbone(
+                config.model.backbone,
+                num_classes=2,
+                channels=config.data.channels,
+                options=config.model.options,
+            )
+            sites = survey(model, (config.data.channels, size, size))
+        usual = {site.name for site in landmarks(model, sites)} | set(blocks(model))
+        self._sites = sorted((s for s in sites if not s.fault), key=lambda site: site.depth)
+        self._usual = [site for site in self._sites if site.name in usual]
+
+    def names(self, among: str | None) -> Sequence[str]:
+        """Stages and blocks, or those that match a glob; by depth."""
+        found: list[Site] = self._usual
+        if among is not None:
+            found = [site for site in self._sites if fnmatchcase(site.name, among)]
+        return [site.name for site in found]
+
+
+def check_metrics(plan: Plan, manifest: Manifest) -> None:
+    """Whether a trial will report what is asked for, which depends on how many images there are.
+
+    Raises:
+        UserError: it will not; the text lists what it does report.
+    """
+    told = (Role.MEMBER, Role.WITHHELD, Role.CALIBRATION)
+    rows = np.isin(manifest.role, [role.value for role in told])
+    number = int(rows.sum())
+    random = np.random.default_rng(0)
+    table = ScoreTable(
+        sample_id=manifest.sample_id[rows],
+        role=manifest.role[rows],
+        label=manifest.label[rows],
+        prediction=manifest.label[rows],
+        task_loss=random.random(number),
+        mint_logit=random.standard_normal(number),
+    )
+    reported = [
+        name.removeprefix("selection.")
+        for name in selection_metrics(table, plan.base.evaluation, head_trained=True)
+        if not name.endswith((".low", ".high"))
+    ]
+    spec = plan.search.spec
+    asked = [(f"objective {o.metric!r}", o.metric) for o in spec.objective]
+    if spec.constraint is not None:
+        asked.append((f"constraint on {spec.constraint.metric!r}", spec.constraint.metric))
+    for what, metric in asked:
+        if metric not in reported:
+            raise UserError(
+                f"search: {what}: no trial reports that; there are {', '.join(sorted(reported))}"
+            )
+    constraint = spec.constraint
+    if constraint is not None and constraint.wants_plain and "membership" in constraint.metric:
+        raise UserError(
+            f"search: constraint on {constraint.metric!r}: the plain model has no MINT head to "
+            "compare with; give at_least or at_most"
+        )
+
+
+def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecord], int]:
+    """What a search would begin with, before any trial has ended, and how many trials there are.
+
+    Args:
+        plan: of the search.
+        number: how many candidates to show; None: those that no ended trial can influence, up to
+            ten.
+    """
+    from amint_ray.launch.proposals import Proposals
+
+    ledger = Ledger(None)
+    proposals = Proposals(
+        plan.search, plan.space, ledger, lambda trial: plan.trial(trial, plan.base)
+    )
+    for trial in ledger.where(lambda trial: trial.baseline):
+        with ledger.changing(trial.id) as record:
+            record.state = "done"
+            record.history = [{"epoch": 0.0, **_any_figure(plan)}]
+    wanted = min(10, proposals.planned) if number is None else number
+    for count in range(wanted):
+        if isinstance(proposals.suggest(str(count)), str):
+            break
+    return ledger.where(lambda trial: True), proposals.planned
+
+
+def _any_figure(plan: Plan) -> dict[str, float]:
+    constraint = plan.search.spec.constraint
+    return {} if constraint is None else {constraint.metric: 0.0}

@@ -1,0 +1,315 @@
+"""A search: trials on Ray Tune, each a training on Ray Train, and the winner trained again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from amint_ray.config.schema import Config
+from amint_ray.config.search import Search
+from amint_ray.contracts import RunError, SearchWatcher, UserError, first_line
+from amint_ray.data.loading import smallest_step
+from amint_ray.launch.children import Children, Where
+from amint_ray.launch.cluster import address_of, connect, job_tags
+from amint_ray.launch.dataset import find_source, index_on_ray, load_here
+from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
+from amint_ray.launch.prepare import Prepared, check, prepare, settle_streams, share, worker_rows
+from amint_ray.launch.recording import Recording, data_tags, dataset_fields
+from amint_ray.launch.room import machines_of_cluster, plan_workers, room_on, wait_for_room
+from amint_ray.launch.search_folder import SearchFolder, open_search
+from amint_ray.launch.search_plan import (
+    Plan,
+    base_of,
+    check_metrics,
+    first_trials,
+    plan_search,
+)
+from amint_ray.launch.search_result import conclude, open_parent
+from amint_ray.launch.time_limit import in_thread
+
+_SECONDS_BETWEEN_POLLS = 0.2
+_SECONDS_BETWEEN_SHOWS = 0.5
+_TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial that failed reports no score.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the trials run on.
+
+    Attributes:
+        workers: of each trial.
+        use_gpu: whether each worker has one.
+        concurrent: trials at a time.
+    """
+
+    workers: int | tuple[int, int]
+    use_gpu: bool
+    concurrent: int
+
+
+def run_search(
+    search: Search, watcher: SearchWatcher, *, new: bool = False, verbose: bool = False
+) -> dict[str, Any]:
+    """Search, train the winner again, record and register.
+
+    A search of the same file that was cut off goes on: only the trials that were under way are
+    taken up again, from their last checkpoints. One that is done gives what it gave.
+
+    Args:
+        search: what is searched.
+        watcher: is told how far it is.
+        new: begin anew in any case.
+        verbose: let Ray talk.
+
+    Returns:
+        The search's document: `trials`, `front`, `best` and more, as `search_result.conclude`
+        describes it.
+
+    Raises:
+        UserError: a mistake of the user's.
+        RunError: all trials failed, or the plain model did.
+        BaseException: whatever a signal raises; the MLflow runs are marked killed.
+    """
+    started = time.monotonic()
+    for name, value in _TUNE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    checked = check(base_of(search), watcher)
+    plan = plan_search(search, watcher)
+    try:
+        folder = open_search(search, checked.storage, watcher, new=new)
+    except OSError as error:
+        raise RunError(f"storage.path = {checked.storage.uri!r}: {first_line(error)}") from error
+    if folder.record.ended:
+        watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
+        return folder.record.document
+    config, source = find_source(plan.base, watcher)
+    dataset = None
+    if config.data.mode == "memory":
+        dataset = load_here(config, source, watcher)
+        check_metrics(plan, dataset.index.manifest)
+    address = address_of(config.cluster)
+    watcher.phase("starting Ray")
+    with connect(address, verbose=verbose):
+        if address is not None:
+            wait_for_room(config.cluster, watcher)
+        if dataset is None:
+            dataset = index_on_ray(config, source, checked.storage, watcher)
+            check_metrics(plan, dataset.index.manifest)
+        prepared = prepare(config, checked, dataset, watcher)
+        _same_images(folder, prepared)
+        room = _room(plan, prepared, watcher, joined=address is not None)
+        workers = room.workers if isinstance(room.workers, int) else room.workers[1]
+        prepared = settle_streams(prepared, workers)
+        ledger = Ledger(folder.trials)
+        ledger.load()
+        if folder.record.attempts > 1:
+            ended = len(ledger.where(lambda trial: trial.ended))
+            watcher.notice(f"going on with {folder.record.name}: {ended} trials have ended")
+        tags = {**job_tags(room.workers), "amint.search": folder.record.name}
+        with (
+            folder.alive() as sign,
+            open_parent(plan, prepared, folder, watcher, tags=tags) as parent,
+        ):
+            _search(plan, prepared, folder, ledger, parent, room, watcher, sign=sign.path)
+            folder.note(seconds=folder.record.seconds + time.monotonic() - started)
+            document = conclude(
+                plan, prepared, folder, ledger, parent, watcher, verbose=verbose, tags=tags
+            )
+    folder.note(ended=True, document=document)
+    return document
+
+
+def show_plan(search: Search, watcher: SearchWatcher) -> dict[str, Any]:
+    """What a search would begin with.
+
+    Returns:
+        `search`, `trials` (`id`, `configuration`, `parameters`, `settings`, `seed`, `baseline`),
+        `planned` (trials in all) and `concurrent` (at a time; None: the cluster decides).
+
+    Raises:
+        UserError: a value of the space gives no model.
+    """
+    trials, planned = first_trials(plan_search(search, watcher))
+    shown = ("id", "configuration", "parameters", "settings", "seed", "baseline")
+    return {
+        "search": search.spec.name,
+        "trials": [{key: getattr(trial, key) for key in shown} for trial in trials],
+        "planned": planned,
+        "concurrent": search.spec.budget.concurrent,
+    }
+
+
+def _same_images(folder: SearchFolder, prepared: Prepared) -> None:
+    """Whether a search that goes on has the images and roles that it began with.
+
+    Raises:
+        UserError: it has not.
+    """
+    manifest = prepared.dataset.index.manifest.fingerprint
+    if folder.record.manifest not in ("", manifest):
+        raise UserError(
+            f"data: the search in {folder.place.uri} began on other images or roles (manifest "
+            f"{folder.record.manifest[:12]}, now {manifest[:12]}); bring them back, or begin anew "
+            "with --new"
+        )
+    folder.note(manifest=manifest)
+
+
+def _room(plan: Plan, prepared: Prepared, watcher: SearchWatcher, *, joined: bool) -> Room:
+    """How many workers a trial has, and how many trials the cluster has room for at a time.
+
+    A trial's process itself takes no core, and Ray gives a training its workers all at once or not
+    at all: so many trials cannot wait for each other.
+
+    Raises:
+        UserError: there is no room for a single trial.
+    """
+    cluster = plan.base.cluster
+    smallest = smallest_step(prepared.dataset.index.manifest, prepared.config)
+    rows = worker_rows(prepared.config, prepared.architecture, smallest)
+    workers, use_gpu = (
+        wait_for_room(cluster, watcher, rows=rows)
+        if joined
+        else plan_workers(cluster, machines_of_cluster(), rows=rows)
+    )
+    fewest = workers if isinstance(workers, int) else workers[0]
+    most = max(1, room_on(cluster, machines_of_cluster(), use_gpu=use_gpu) // fewest)
+    asked = plan.search.spec.budget.concurrent
+    if asked is not None and asked > most:
+        watcher.notice(
+            f"budget.concurrent = {asked}: the cluster has room for {most} trials at a time"
+        )
+    return Room(workers, use_gpu, min(asked or most, most))
+
+
+def _search(
+    plan: Plan,
+    prepared: Prepared,
+    folder: SearchFolder,
+    ledger: Ledger,
+    parent: Recording,
+    room: Room,
+    watcher: SearchWatcher,
+    *,
+    sign: str,
+) -> None:
+    """Run all trials that are still to be run.
+
+    Raises:
+        RunError: all failed, or the plain model did.
+        UserError: MLflow takes no run.
+    """
+    from amint_ray.launch.follower import Follower, Settings, run_tune
+    from amint_ray.launch.orphans import free_orphans
+    from amint_ray.launch.proposals import Proposals
+    from amint_ray.launch.trial import Given, remove_trainings
+
+    config, spec = prepared.config, plan.search.spec
+    data, prepared = share(prepared)
+    given = Given(
+        name=folder.record.name,
+        data=data,
+        manifest=prepared.dataset.index.manifest.fingerprint,
+        classes=len(prepared.dataset.index.class_names),
+        runs=folder.runs,
+        workers=room.workers,
+        use_gpu=room.use_gpu,
+        sign=sign,
+        objectives=spec.objective,
+        constraint=spec.constraint,
+        hand_over=spec.algorithm.perturb_every if spec.algorithm.name == "pbt" else 0,
+    )
+    where = Where(
+        uri=prepared.tracking_uri,
+        parent=parent.run_id,
+        search=folder.record.name,
+        spool=prepared.spool.parent,
+        files=folder.place,
+        dataset=dataset_fields(config, prepared.dataset.index.manifest),
+        tags={
+            **data_tags(config, prepared.dataset, prepared.confounders),
+            "amint.search": folder.record.name,
+        },
+    )
+    children = Children(where, ledger)
+
+    def configure(trial: TrialRecord) -> Config:
+        return plan.trial(trial, prepared.config)
+
+    proposals = Proposals(plan.search, plan.space, ledger, configure)
+    follower = Follower(ledger, children, proposals, configure)
+    settings = Settings(
+        planned=proposals.planned,
+        concurrent=room.concurrent,
+        name=f"tune-{folder.record.attempts}",
+        folder=folder.place,
+        seconds_left=None
+        if spec.budget.hours is None
+        else max(1.0, 3600 * spec.budget.hours - folder.record.seconds),
+    )
+    objectives = [(objective.metric, objective.mode) for objective in spec.objective]
+    watcher.phase("searching")
+    running = in_thread(lambda: run_tune(plan.search, given, proposals, follower, settings))
+    shown = 0.0
+    try:
+        while not running.done():
+            watcher.heartbeat()
+            parent.check(watcher)
+            children.check(watcher)
+            for text in follower.notices():
+                watcher.notice(text)
+            if time.monotonic() - shown > _SECONDS_BETWEEN_SHOWS:
+                free_orphans()
+                shown = time.monotonic()
+                watcher.trials(
+                    ledger.documents(),
+                    objectives=objectives,
+                    planned=settings.planned,
+                    concurrent=settings.concurrent,
+                )
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+        running.result()
+    except BaseException:
+        children.kill(watcher)
+        raise
+    free_orphans()
+    watcher.trials(
+        ledger.documents(),
+        objectives=objectives,
+        planned=settings.planned,
+        concurrent=settings.concurrent,
+    )
+    children.finish(watcher, wait_seconds=config.tracking.wait_seconds)
+    _check_outcome(ledger)
+    with contextlib.suppress(OSError):  # no reason to fail a search that is done
+        for trial in ledger.where(lambda trial: trial.ended):
+            remove_trainings(folder.runs, folder.record.name, trial.id)
+        folder.place.filesystem.delete_dir(folder.place.below(settings.name).path)
+
+
+def _check_outcome(ledger: Ledger) -> None:
+    """Whether anything was found.
+
+    Raises:
+        RunError: nothing was; the text says why, once.
+    """
+    if failed := ledger.where(lambda trial: trial.baseline and trial.state == "failed"):
+        raise RunError(
+            "search: the plain model (loss.lambda_mint = 0), which the constraint refers to, "
+            f"failed: {common_reason(failed)}"
+        )
+    candidates = ledger.where(lambda trial: not trial.baseline)
+    failed = [trial for trial in candidates if trial.state == "failed"]
+    if candidates and len(failed) == len(candidates):
+        raise RunError(
+            f"search: all {len(failed)} trials failed, most of them so: {common_reason(failed)}"
+        )
