@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -135,7 +136,8 @@ def tune(
             from amint_ray.launch import tune_run  # torch and timm: seconds
 
             if dry_run:
-                document = tune_run.show_plan(search, display)
+                command = shlex.join(["amint", "tune", file, *overrides])
+                document = {**tune_run.show_plan(search, display), "next": command}
             else:
                 document = tune_run.run_search(search, display, new=new, verbose=verbose)
         finally:

@@ -198,19 +198,18 @@ def print_planned(document: Mapping[str, Any], console: Console) -> None:
     """What a search would begin with."""
     trials = document["trials"]
     table = Table(title=Text(f"{document['search']}: the first {len(trials)} trials"))
-    table.add_column("number", justify="right")
+    table.add_column("trial")
     table.add_column("parameters", overflow="fold", ratio=1)
     table.add_column("seed", justify="right")
     names = short_names(name for trial in trials for name in trial["parameters"])
     for trial in trials:
         plain = trial.get("baseline", False)
         told = "plain training (λ₂ = 0)" if plain else shown_parameters(trial["parameters"], names)
-        table.add_row(*map(Text, [str(trial["number"]), told, str(trial["seed"])]))
+        table.add_row(*map(Text, [trial["id"], told, str(trial["seed"])]))
     console.print(table)
     lines = {
         "trials in all": f"{document['planned']}",
-        "at a time": f"{document['concurrent']}",
+        "at a time": f"{document['concurrent'] or 'as many as the cluster has room for'}",
+        "next": document["next"],
     }
-    if document.get("next"):
-        lines["next"] = document["next"]
     _lines(console, lines)

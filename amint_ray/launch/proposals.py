@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
 from amint_ray.config.schema import Config
@@ -23,7 +23,7 @@ from amint_ray.config.space import Settings, Space, draw, grid
 from amint_ray.contracts import UserError, first_line
 from amint_ray.launch.ledger import Ledger, TrialRecord
 
-_VIOLATION = "violation"
+_CONSTRAINT = "constraint"
 _TRIALS_BY_DEFAULT = 16
 
 
@@ -174,14 +174,15 @@ class Proposals(Searcher):  # type: ignore[misc]
         if asked is None or told is None:
             return
         values, state, violation = told
-        asked.set_user_attr(_VIOLATION, violation)
+        if violation is not None:
+            asked.set_constraint(_CONSTRAINT, violation)
         if state == TrialState.PRUNED:
             asked.report(values[0], self._reached(number))
             values = None
         self._study.tell(asked, values if state == TrialState.COMPLETE else None, state=state)
         del self._asked[number]
 
-    def _outcome(self, number: int) -> tuple[Any, TrialState, float] | None:
+    def _outcome(self, number: int) -> tuple[Any, TrialState, float | None] | None:
         """Means over the seeds, and how it ended; None: not all of them have."""
         trials = self._of(number)
         if len(trials) < self._search.spec.seeds or not all(trial.ended for trial in trials):
@@ -193,11 +194,12 @@ class Proposals(Searcher):  # type: ignore[misc]
             if trial.state != "failed" and all(name in trial.figures for name in names)
         ]
         if not measured:
-            return [], TrialState.FAIL, 0.0
+            return [], TrialState.FAIL, None
         values = [
             statistics.fmean(trial.figures[name]["value"] for trial in measured) for name in names
         ]
-        violation = statistics.fmean(trial.violation or 0.0 for trial in measured)
+        broken = [trial.violation for trial in measured if trial.violation is not None]
+        violation = statistics.fmean(broken) if broken else None
         stopped = any(trial.state == "stopped" for trial in measured)
         # Only of one objective can Optuna's samplers take that it was not seen to the end.
         pruned = stopped and len(names) == 1
@@ -228,16 +230,16 @@ class Proposals(Searcher):  # type: ignore[misc]
             return
         values, state, violation = told
         pruned = state == TrialState.PRUNED
-        self._study.add_trial(
-            create_trial(
-                params=recorded.values,
-                distributions=recorded.distributions,
-                values=values if state == TrialState.COMPLETE else None,
-                state=state,
-                user_attrs={_VIOLATION: violation},
-                intermediate_values={self._reached(number): values[0]} if pruned else None,
-            )
+        known = create_trial(
+            params=recorded.values,
+            distributions=recorded.distributions,
+            values=values if state == TrialState.COMPLETE else None,
+            state=state,
+            intermediate_values={self._reached(number): values[0]} if pruned else None,
         )
+        if violation is not None:
+            known.set_constraint(_CONSTRAINT, violation)
+        self._study.add_trial(known)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune wants a file; what is to be kept is in the ledger."""
@@ -282,7 +284,6 @@ def _sampler(search: Search, *, already: int) -> BaseSampler:
     """Optuna's sampler; one that goes on after so many trials does not draw the same ones again."""
     algorithm = search.spec.algorithm
     seed = (algorithm.seed + 1_000_003 * already) % 2**32
-    constraint = None if search.spec.constraint is None else _constraint
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     match algorithm.name:
         case "tpe":
@@ -291,17 +292,9 @@ def _sampler(search: Search, *, already: int) -> BaseSampler:
                 multivariate=True,
                 group=True,
                 constant_liar=True,
-                constraints_func=constraint,
                 seed=seed,
             )
         case "nsga2":
-            return NSGAIISampler(
-                population_size=max(2, algorithm.startup), constraints_func=constraint, seed=seed
-            )
+            return NSGAIISampler(population_size=max(2, algorithm.startup), seed=seed)
         case _:
             return RandomSampler(seed=seed)
-
-
-def _constraint(trial: FrozenTrial) -> tuple[float]:
-    """As Optuna wants it: positive where it is broken."""
-    return (float(trial.user_attrs.get(_VIOLATION, 0.0)),)

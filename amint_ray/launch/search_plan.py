@@ -17,7 +17,7 @@ from amint_ray.config.space import Space
 from amint_ray.contracts import Role, ScoreTable, UserError, Watcher, first_line
 from amint_ray.data.roles import Manifest
 from amint_ray.evaluation.selection import selection_metrics
-from amint_ray.launch.ledger import TrialRecord
+from amint_ray.launch.ledger import Ledger, TrialRecord
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.blocks import blocks
 from amint_ray.model.joint import plan_architecture
@@ -200,8 +200,7 @@ def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecor
 
     Args:
         plan: of the search.
-        number: how many candidates to show; None: those that no ended trial can influence, up to
-            ten.
+        number: how many trials to show; None: up to ten that no ended trial can influence.
     """
     from amint_ray.launch.proposals import Proposals
 
@@ -213,7 +212,9 @@ def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecor
         with ledger.changing(trial.id) as record:
             record.state = "done"
             record.history = [{"epoch": 0.0, **_any_figure(plan)}]
-    wanted = min(10, proposals.planned) if number is None else number
+    algorithm, plain = plan.search.spec.algorithm, len(ledger.trials)
+    free = algorithm.startup if algorithm.name in ("tpe", "nsga2") else proposals.planned
+    wanted = min(10, free) * plan.search.spec.seeds if number is None else number - plain
     for count in range(wanted):
         if isinstance(proposals.suggest(str(count)), str):
             break

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amint_ray.config.schema import Config
+import torch
+
+from amint_ray.config.schema import Cluster, Config
 from amint_ray.config.search import Search
 from amint_ray.contracts import RunError, SearchWatcher, UserError, first_line
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
-from amint_ray.launch.cluster import address_of, connect, job_tags
+from amint_ray.launch.cluster import address_of, connect, job_tags, local_cores
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
 from amint_ray.launch.prepare import Prepared, check, prepare, settle_streams, share, worker_rows
 from amint_ray.launch.recording import Recording, data_tags, dataset_fields
-from amint_ray.launch.room import machines_of_cluster, plan_workers, room_on, wait_for_room
+from amint_ray.launch.room import Machine, machines_of_cluster, plan_workers, room_on, wait_for_room
 from amint_ray.launch.search_folder import SearchFolder, open_search
 from amint_ray.launch.search_plan import (
     Plan,
@@ -133,18 +136,28 @@ def show_plan(search: Search, watcher: SearchWatcher) -> dict[str, Any]:
 
     Returns:
         `search`, `trials` (`id`, `configuration`, `parameters`, `settings`, `seed`, `baseline`),
-        `planned` (trials in all) and `concurrent` (at a time; None: the cluster decides).
+        `planned` (trials in all) and `concurrent` (at a time; None: what the cluster that is to be
+        joined has room for).
 
     Raises:
         UserError: a value of the space gives no model.
     """
-    trials, planned = first_trials(plan_search(search, watcher))
+    plan = plan_search(search, watcher)
+    trials, planned = first_trials(plan)
+    concurrent = search.spec.budget.concurrent
+    if address_of(plan.base.cluster) is None:
+        machines = [Machine(local_cores(), torch.cuda.device_count())]
+        workers, use_gpu = plan_workers(
+            plan.base.cluster, machines, rows=plan.base.train.batch_size
+        )
+        room = _trials_at_a_time(plan.base.cluster, machines, workers, use_gpu=use_gpu)
+        concurrent = min(concurrent or room, room)
     shown = ("id", "configuration", "parameters", "settings", "seed", "baseline")
     return {
         "search": search.spec.name,
         "trials": [{key: getattr(trial, key) for key in shown} for trial in trials],
         "planned": planned,
-        "concurrent": search.spec.budget.concurrent,
+        "concurrent": concurrent,
     }
 
 
@@ -181,14 +194,24 @@ def _room(plan: Plan, prepared: Prepared, watcher: SearchWatcher, *, joined: boo
         if joined
         else plan_workers(cluster, machines_of_cluster(), rows=rows)
     )
-    fewest = workers if isinstance(workers, int) else workers[0]
-    most = max(1, room_on(cluster, machines_of_cluster(), use_gpu=use_gpu) // fewest)
+    most = _trials_at_a_time(cluster, machines_of_cluster(), workers, use_gpu=use_gpu)
     asked = plan.search.spec.budget.concurrent
     if asked is not None and asked > most:
         watcher.notice(
             f"budget.concurrent = {asked}: the cluster has room for {most} trials at a time"
         )
     return Room(workers, use_gpu, min(asked or most, most))
+
+
+def _trials_at_a_time(
+    cluster: Cluster,
+    machines: Sequence[Machine],
+    workers: int | tuple[int, int],
+    *,
+    use_gpu: bool,
+) -> int:
+    fewest = workers if isinstance(workers, int) else workers[0]
+    return max(1, room_on(cluster, machines, use_gpu=use_gpu) // fewest)
 
 
 def _search(
