@@ -85,11 +85,12 @@ def measure(
     compiled: bool,
     rate: float,
     repeats: int,
+    ways: Sequence[str],
 ) -> list[Row]:
     """All ways at one batch size, one after the other: two compiled models may not fit at once."""
-    flops = {way: count(build(way, architecture, rows, "meta"))[0] for way in WAYS}
+    flops = {way: count(build(way, architecture, rows, "meta"))[0] for way in ways}
     found: list[Row] = []
-    for way in WAYS:
+    for way in ways:
         # Or else the second batch size would be compiled for any size, unlike a run's one.
         torch._dynamo.reset()
         step = build(way, architecture, rows, device, precision=precision, compiled=compiled)
@@ -114,6 +115,7 @@ def measure(
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
             )
         )
+        print(f"step_gpu: {json.dumps(asdict(found[-1]))}", file=sys.stderr)
         del step  # before the next is built
     return found
 
@@ -138,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="do not compile")
@@ -146,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, arguments.precision)
     rate = matmul_rate(arguments.device, dtype, 8192 if arguments.device == "cuda" else 512)
     found: list[Row] = []
-    for placement in PLACEMENTS:
+    # The others are told in ratios to the audited-only step.
+    ways = list(dict.fromkeys(["task", *arguments.ways]))
+    for placement in arguments.placements:
         architecture = plan(
             arguments.model,
             options={},
@@ -166,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 compiled=not arguments.eager,
                 rate=rate,
                 repeats=arguments.repeats,
+                ways=ways,
             )
     step = build(
         "early_exit",
