@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +45,7 @@ class Settings:
         name: of Tune's own folder.
         folder: what that lies in.
         seconds_left: after which all trials are stopped; None: never.
+        retries: of a trial that failed.
     """
 
     planned: int
@@ -52,6 +53,7 @@ class Settings:
     name: str
     folder: Location
     seconds_left: float | None
+    retries: int
 
 
 def run_tune(
@@ -62,20 +64,42 @@ def run_tune(
     Raises:
         Exception: whatever Tune raises.
     """
+    if search.spec.algorithm.name != "pbt":
+        scheduler = create_scheduler(search, follower)
+        _tune(given, follower, settings, scheduler, search_alg=proposals)
+        return
+    # Tune lets no searcher work beside population-based training: all trials are there at once.
+    if plain := proposals.take(baselines=True):
+        _tune(given, follower, settings, FIFOScheduler(), listed=plain)
+    if population := proposals.take(baselines=False):
+        _tune(given, follower, settings, _population(search), listed=population)
+
+
+def _tune(
+    given: Given,
+    follower: Follower,
+    settings: Settings,
+    scheduler: TrialScheduler,
+    *,
+    search_alg: Proposals | None = None,
+    listed: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Run the trials that a searcher proposes, or those that are listed."""
     folder = settings.folder
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, given=given), {"memory": _TRIAL_BYTES}
     )
     tuner = tune.Tuner(
         trainable,
+        param_space={"proposal": tune.grid_search(list(listed))} if listed else None,
         tune_config=tune.TuneConfig(
-            search_alg=proposals,
-            scheduler=create_scheduler(search, follower),
-            num_samples=settings.planned,
+            search_alg=search_alg,
+            scheduler=scheduler,
+            num_samples=1 if listed else settings.planned,
             max_concurrent_trials=settings.concurrent,
             time_budget_s=settings.seconds_left,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_name_creator=_identity,
+            trial_dirname_creator=_identity,
         ),
         run_config=tune.RunConfig(
             name=settings.name,
@@ -83,7 +107,7 @@ def run_tune(
             storage_filesystem=folder.filesystem if folder.remote else None,
             verbose=0,
             callbacks=[follower],
-            failure_config=tune.FailureConfig(max_failures=search.spec.budget.retries),
+            failure_config=tune.FailureConfig(max_failures=settings.retries),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
             stop=_Hopeless(follower),
         ),
@@ -91,8 +115,9 @@ def run_tune(
     tuner.fit()
 
 
-def _name(trial: Any) -> str:
-    return str(trial.config["id"])
+def _identity(trial: Any) -> str:
+    """The trial's name in the ledger."""
+    return str(trial.config["proposal"]["id"])
 
 
 class _Hopeless(tune.Stopper):  # type: ignore[misc]
@@ -140,7 +165,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or begins again."""
-        identity = trial.config["id"]
+        identity = _identity(trial)
         self.ledger.begin(identity)
         with contextlib.suppress(UserError):  # it has no configuration, as it is about to report
             self._children.begin(identity, self._configure(self.ledger.trials[identity]))
@@ -149,7 +174,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A look at a trial, or that it failed for good."""
-        identity = trial.config["id"]
+        identity = _identity(trial)
         if "failed" in result:
             self._end(identity, "failed", result["failed"])
             return
@@ -158,7 +183,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         with self.ledger.changing(identity, keep=False) as record:
             record.looked(result["epoch"], result["figures"], result["violation"])
         self._notices += [f"{identity}: {text}" for text in result["notices"]]
-        changed = _perturbed(self.ledger.trials[identity], trial.config)
+        changed = _perturbed(self.ledger.trials[identity], trial.config["proposal"]["config"])
         if changed:
             with self.ledger.changing(identity) as record:
                 record.settings |= changed
@@ -167,7 +192,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended, or was stopped."""
-        record = self.ledger.trials[trial.config["id"]]
+        record = self.ledger.trials[_identity(trial)]
         whole = record.epoch == record.epochs
         self._end(record.id, "done" if whole else "stopped", None)
 
@@ -178,7 +203,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         last = lines[-1] if lines else "unknown"
         for kind in ("amint_ray.contracts.RunError: ", "amint_ray.contracts.UserError: "):
             last = last.removeprefix(kind)
-        self._end(trial.config["id"], "failed", last)
+        self._end(_identity(trial), "failed", last)
 
     def _end(self, trial: str, state: Any, reason: str | None) -> None:
         if self.ledger.trials[trial].ended:
@@ -194,11 +219,11 @@ class Follower(tune.Callback):  # type: ignore[misc]
             self.hopeless = True
 
 
-def _perturbed(record: TrialRecord, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _perturbed(record: TrialRecord, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that population-based training changed, by key."""
     found = {}
     for key, value in record.settings.items():
-        at: Any = arguments["config"]
+        at: Any = config
         for part in key.split("."):
             at = at.get(part) if isinstance(at, dict) else None
         if isinstance(at, float) and at != value:
@@ -209,8 +234,6 @@ def _perturbed(record: TrialRecord, arguments: Mapping[str, Any]) -> dict[str, A
 def create_scheduler(search: Search, follower: Follower) -> TrialScheduler:
     """Tune's scheduler; ASHA knows of all trials that have ended already."""
     spec, epochs = search.spec, search.base.train.epochs
-    if spec.algorithm.name == "pbt":
-        return _population(search)
     if spec.scheduler.name == "none":
         return FIFOScheduler()
     scheduler = ASHAScheduler(
@@ -261,7 +284,7 @@ def _population(search: Search) -> PopulationBasedTraining:
     def within(arguments: dict[str, Any]) -> dict[str, Any]:
         for key, parameter in bounds.items():
             *sections, name = key.split(".")
-            at = arguments["config"]
+            at = arguments["proposal"]["config"]
             for section in sections:
                 at = at[section]
             at[name] = min(max(at[name], parameter.low), parameter.high)
@@ -272,7 +295,7 @@ def _population(search: Search) -> PopulationBasedTraining:
         metric="score",
         mode="max",
         perturbation_interval=algorithm.perturb_every,
-        hyperparam_mutations={"config": mutations},
+        hyperparam_mutations={"proposal": {"config": mutations}},
         custom_explore_fn=within,
         require_attrs=False,
         log_config=False,

@@ -111,8 +111,17 @@ class Proposals(Searcher):  # type: ignore[misc]
         self._ledger.add(TrialRecord(identity, number, seed, parameters, settings))
         return self._begun(identity)
 
+    def take(self, *, baselines: bool) -> list[dict[str, Any]]:
+        """All that is still to be run, at once: what Tune gives each trial."""
+        if baselines:
+            return [self._begun(name)["proposal"] for name in self._unbegun]
+        self._unbegun, found = [], []
+        while isinstance(proposed := self.suggest(""), dict):
+            found.append(proposed["proposal"])
+        return found
+
     def _begun(self, identity: str) -> dict[str, Any]:
-        """What Tune gives the trial.
+        """What Tune gives the trial, as `proposal`.
 
         `id`; `config`, or why there is none as `invalid`; and `plain`, what the plain models had at
         each epoch, by epoch.
@@ -125,12 +134,13 @@ class Proposals(Searcher):  # type: ignore[misc]
         else:
             with self._ledger.changing(identity) as record:
                 record.epochs = config.train.epochs
-        return {
+        proposal = {
             "id": identity,
             "config": None if config is None else config.model_dump(mode="json"),
             "invalid": invalid,
             "plain": {} if trial.baseline else self._curve(),
         }
+        return {"proposal": proposal}
 
     def _curve(self) -> dict[str, float]:
         """The constraint's metric of the plain models by epoch: means over their seeds."""

@@ -63,7 +63,7 @@ class Given:
     hand_over: int = 0
 
 
-def run_trial(arguments: dict[str, Any], given: Given) -> None:
+def run_trial(config: dict[str, Any], given: Given) -> None:
     """Train one configuration, and report each look at its figures to Tune.
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
@@ -71,25 +71,26 @@ def run_trial(arguments: dict[str, Any], given: Given) -> None:
     `notices`. A trial that cannot succeed reports `failed`, and why, and is not tried again.
 
     Args:
-        arguments: from `Proposals.arguments`.
+        config: Tune's name for what it hands a trial; `proposal` has what `Proposals` made.
         given: the same for all trials.
 
     Raises:
         RunError: it failed, and may succeed if it is tried again.
         SystemExit: Tune stops it.
     """
-    if arguments["invalid"] is not None:
-        tune.report({"failed": arguments["invalid"]})
+    proposal = config["proposal"]
+    if proposal["invalid"] is not None:
+        tune.report({"failed": proposal["invalid"]})
         return
-    config = Config.model_validate(arguments["config"])
-    run_name, inherit = _life(given.name, arguments["id"])
-    reporter = _Reporter(given, arguments, run_name)
+    trained = Config.model_validate(proposal["config"])
+    run_name, inherit = _life(given.name, proposal["id"])
+    reporter = _Reporter(given, proposal, run_name)
     try:
         job = Job(
-            config=config,
+            config=trained,
             run_name=run_name,
             architecture=replace(
-                plan_architecture(config, num_classes=2), num_classes=given.classes
+                plan_architecture(trained, num_classes=2), num_classes=given.classes
             ),
             manifest=given.manifest,
             storage=given.runs,
@@ -130,8 +131,8 @@ def _life(search: str, trial: str) -> tuple[str, ray.train.Checkpoint | None]:
 class _Reporter:
     """Passes a training's news on to Tune; both its listener and its watcher."""
 
-    def __init__(self, given: Given, arguments: Mapping[str, Any], run_name: str) -> None:
-        self._given, self._arguments, self._run_name = given, arguments, run_name
+    def __init__(self, given: Given, proposal: Mapping[str, Any], run_name: str) -> None:
+        self._given, self._proposal, self._run_name = given, proposal, run_name
         self._epoch = 0
         self._notices: list[str] = []
 
@@ -154,7 +155,7 @@ class _Reporter:
                 self._given.objectives[0],
                 self._given.constraint,
                 figures,
-                plain=self._arguments["plain"].get(str(self._epoch)),
+                plain=self._proposal["plain"].get(str(self._epoch)),
             ),
             "figures": figures,
             "entry": entry,
@@ -173,7 +174,7 @@ class _Reporter:
         if checkpoint is None:  # a later report has one
             tune.report(report)
             return
-        lineage = {"trial": self._arguments["id"], "run_name": self._run_name, "epoch": self._epoch}
+        lineage = {"trial": self._proposal["id"], "run_name": self._run_name, "epoch": self._epoch}
         with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             shutil.copytree(folder, copy, dirs_exist_ok=True)

@@ -278,6 +278,7 @@ def _search(
         seconds_left=None
         if spec.budget.hours is None
         else max(1.0, 3600 * spec.budget.hours - folder.record.seconds),
+        retries=spec.budget.retries,
     )
     objectives = [(objective.metric, objective.mode) for objective in spec.objective]
     watcher.phase("searching")
