@@ -55,10 +55,11 @@ class Children:
         self._where, self._ledger = where, ledger
         self._open: dict[str, Recording] = {}
         self._ending: dict[str, Recording] = {}
+        self._killed = False
 
     def begin(self, trial: str, config: Config) -> None:
         """Open a trial's run, or go on with it."""
-        if not self._where.parent or trial in self._open:
+        if self._killed or not self._where.parent or trial in self._open:
             return
         if (ended := self._ending.pop(trial, None)) is not None:
             ended.waiting()  # closed: one process may have a spool once
@@ -135,7 +136,8 @@ class Children:
             )
 
     def kill(self, watcher: Watcher) -> None:
-        """Mark all that are under way as killed."""
+        """Mark all that are under way as killed; from now on none is begun."""
+        self._killed = True
         for trial, run in list(self._open.items()):
             run.end("KILLED", {"amint.trial_state": "killed"})
             self._ending[trial] = self._open.pop(trial)

@@ -95,7 +95,7 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[None]:
             os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     level = logging.INFO if verbose else logging.ERROR
-    for name in ("ray", "ray.train", "ray.data"):
+    for name in ("ray", "ray.train", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(level)  # importing Ray set them to INFO
     options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
     # What a signal raises must not come in the middle of Ray's start, which forks: Python drops it

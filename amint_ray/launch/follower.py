@@ -180,7 +180,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
             return
         if "figures" not in result:
             return
-        with self.ledger.changing(identity, keep=False) as record:
+        with self.ledger.changing(identity) as record:
             record.looked(result["epoch"], result["figures"], result["violation"])
         self._notices += [f"{identity}: {text}" for text in result["notices"]]
         changed = _perturbed(self.ledger.trials[identity], trial.config["proposal"]["config"])
@@ -188,7 +188,8 @@ class Follower(tune.Callback):  # type: ignore[misc]
             with self.ledger.changing(identity) as record:
                 record.settings |= changed
         named = {f"pbt/{key}": value for key, value in changed.items()}
-        self._children.hear(identity, {**result["entry"], **named})
+        for entry in result["entries"]:
+            self._children.hear(identity, {**entry, **named})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended, or was stopped."""

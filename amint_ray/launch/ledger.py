@@ -114,12 +114,8 @@ class Ledger:
                 self.trials[record.id] = record
 
     @contextlib.contextmanager
-    def changing(self, trial: str, *, keep: bool = True) -> Iterator[TrialRecord]:
-        """A trial, to be changed.
-
-        Args:
-            trial: its id.
-            keep: write it down, too.
+    def changing(self, trial: str) -> Iterator[TrialRecord]:
+        """A trial, to be changed and then written down.
 
         Raises:
             OSError: it cannot be written.
@@ -127,8 +123,7 @@ class Ledger:
         with self._lock:
             record = self.trials[trial]
             yield record
-            if keep:
-                self._write(record)
+            self._write(record)
 
     def add(self, record: TrialRecord) -> None:
         """A new trial.

@@ -70,6 +70,15 @@ class Proposals(Searcher):  # type: ignore[misc]
         """Trials in all."""
         return len(self._plain) + self._configurations * self._search.spec.seeds
 
+    @property
+    def left(self) -> bool:
+        """Whether there is anything to be run."""
+        if self._unbegun:
+            return True
+        if self._plain and not self._curve():
+            return False
+        return bool(self._interrupted or self._seeds or self._next < self._configurations)
+
     def _plain_trials(self) -> list[TrialRecord]:
         """The plain models that the constraint refers to, as they are in the ledger."""
         constraint = self._search.spec.constraint

@@ -17,6 +17,7 @@ from amint_ray.config.space import Space
 from amint_ray.contracts import Role, ScoreTable, UserError, Watcher, first_line
 from amint_ray.data.roles import Manifest
 from amint_ray.evaluation.selection import selection_metrics
+from amint_ray.launch.cluster import address_of
 from amint_ray.launch.ledger import Ledger, TrialRecord
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.blocks import blocks
@@ -71,9 +72,9 @@ class Plan:
 def base_of(search: Search) -> Config:
     """What the trials start from: one worker each, unless more are asked for."""
     base = search.base
-    if base.cluster.workers is None:
-        cluster = base.cluster.model_copy(update={"workers": 1})
-        base = base.model_copy(update={"cluster": cluster})
+    # A trial's process has not the environment that may name the cluster here.
+    settled = {"workers": base.cluster.workers or 1, "address": address_of(base.cluster)}
+    base = base.model_copy(update={"cluster": base.cluster.model_copy(update=settled)})
     if any(key in _ON_READING for key in spaces.keys(search.space)):
         if base.data.mode == "memory":
             raise UserError(

@@ -67,8 +67,9 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     """Train one configuration, and report each look at its figures to Tune.
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
-    others), `violation`, `figures` (flat, by name), `entry` (the epoch's, for MLflow) and
-    `notices`. A trial that cannot succeed reports `failed`, and why, and is not tried again.
+    others), `violation`, `figures` (flat, by name), `entries` (those of the epochs since the last
+    report, for MLflow) and `notices`. A trial that cannot succeed reports `failed`, and why, and is
+    not tried again.
 
     Args:
         config: Tune's name for what it hands a trial; `proposal` has what `Proposals` made.
@@ -134,6 +135,7 @@ class _Reporter:
     def __init__(self, given: Given, proposal: Mapping[str, Any], run_name: str) -> None:
         self._given, self._proposal, self._run_name = given, proposal, run_name
         self._epoch = 0
+        self._entries: list[dict[str, float]] = []
         self._notices: list[str] = []
 
     def hear(self, event: Mapping[str, Any]) -> None:
@@ -142,6 +144,7 @@ class _Reporter:
             return
         self._epoch = int(event["epoch"])
         entry = {name: value for name, value in event.items() if name != "phase"}
+        self._entries.append(entry)
         figures = {
             name.removeprefix(SELECTION): value
             for name, value in entry.items()
@@ -158,10 +161,10 @@ class _Reporter:
                 plain=self._proposal["plain"].get(str(self._epoch)),
             ),
             "figures": figures,
-            "entry": entry,
+            "entries": self._entries,
             "notices": self._notices,
         }
-        self._notices = []
+        self._entries, self._notices = [], []
         every = self._given.hand_over
         if every and self._epoch % every == 0:
             self._hand_over(report)

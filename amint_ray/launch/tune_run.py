@@ -35,6 +35,7 @@ from amint_ray.launch.time_limit import in_thread
 
 _SECONDS_BETWEEN_POLLS = 0.2
 _SECONDS_BETWEEN_SHOWS = 0.5
+_SECONDS_BETWEEN_NOTES = 10.0
 _TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -82,7 +83,6 @@ def run_search(
         RunError: all trials failed, or the plain model did.
         BaseException: whatever a signal raises; the MLflow runs are marked killed.
     """
-    started = time.monotonic()
     for name, value in _TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     checked = check(base_of(search), watcher)
@@ -123,7 +123,6 @@ def run_search(
             open_parent(plan, prepared, folder, watcher, tags=tags) as parent,
         ):
             _search(plan, prepared, folder, ledger, parent, room, watcher, sign=sign.path)
-            folder.note(seconds=folder.record.seconds + time.monotonic() - started)
             document = conclude(
                 plan, prepared, folder, ledger, parent, watcher, verbose=verbose, tags=tags
             )
@@ -277,42 +276,47 @@ def _search(
         folder=folder.place,
         seconds_left=None
         if spec.budget.hours is None
-        else max(1.0, 3600 * spec.budget.hours - folder.record.seconds),
+        else 3600 * spec.budget.hours - folder.record.seconds,
         retries=spec.budget.retries,
     )
     objectives = [(objective.metric, objective.mode) for objective in spec.objective]
-    watcher.phase("searching")
-    running = in_thread(lambda: run_tune(plan.search, given, proposals, follower, settings))
-    shown = 0.0
-    try:
-        while not running.done():
-            watcher.heartbeat()
-            parent.check(watcher)
-            children.check(watcher)
-            for text in follower.notices():
-                watcher.notice(text)
-            if time.monotonic() - shown > _SECONDS_BETWEEN_SHOWS:
-                free_orphans()
-                shown = time.monotonic()
-                watcher.trials(
-                    ledger.documents(),
-                    objectives=objectives,
-                    planned=settings.planned,
-                    concurrent=settings.concurrent,
-                )
-            time.sleep(_SECONDS_BETWEEN_POLLS)
-        running.result()
-    except BaseException:
-        children.kill(watcher)
-        raise
-    free_orphans()
-    watcher.trials(
-        ledger.documents(),
-        objectives=objectives,
-        planned=settings.planned,
-        concurrent=settings.concurrent,
-    )
-    children.finish(watcher, wait_seconds=config.tracking.wait_seconds)
+
+    def show() -> None:
+        watcher.trials(
+            ledger.documents(),
+            objectives=objectives,
+            planned=settings.planned,
+            concurrent=settings.concurrent,
+        )
+
+    if proposals.left and (settings.seconds_left is None or settings.seconds_left > 0):
+        watcher.phase("searching")
+        running = in_thread(lambda: run_tune(plan.search, given, proposals, follower, settings))
+        since = shown = time.monotonic()
+        try:
+            while not running.done():
+                watcher.heartbeat()
+                parent.check(watcher)
+                children.check(watcher)
+                for text in follower.notices():
+                    watcher.notice(text)
+                now = time.monotonic()
+                if now - shown > _SECONDS_BETWEEN_SHOWS:
+                    free_orphans()
+                    show()
+                    shown = now
+                if now - since > _SECONDS_BETWEEN_NOTES:
+                    folder.note(seconds=folder.record.seconds + now - since)
+                    since = now
+                time.sleep(_SECONDS_BETWEEN_POLLS)
+            running.result()
+        except BaseException:
+            children.kill(watcher)
+            raise
+        folder.note(seconds=folder.record.seconds + time.monotonic() - since)
+        free_orphans()
+        show()
+        children.finish(watcher, wait_seconds=config.tracking.wait_seconds)
     _check_outcome(ledger)
     with contextlib.suppress(OSError):  # no reason to fail a search that is done
         for trial in ledger.where(lambda trial: trial.ended):
