@@ -182,11 +182,10 @@ class Follower(tune.Callback):  # type: ignore[misc]
             return
         with self.ledger.changing(identity) as record:
             record.looked(result["epoch"], result["figures"], result["violation"])
+            record.training = result["training"]
+            changed = _perturbed(record, trial.config["proposal"]["config"])
+            record.settings |= changed
         self._notices += [f"{identity}: {text}" for text in result["notices"]]
-        changed = _perturbed(self.ledger.trials[identity], trial.config["proposal"]["config"])
-        if changed:
-            with self.ledger.changing(identity) as record:
-                record.settings |= changed
         named = {f"pbt/{key}": value for key, value in changed.items()}
         for entry in result["entries"]:
             self._children.hear(identity, {**entry, **named})

@@ -38,6 +38,7 @@ class TrialRecord:
         history: one entry a look: epoch and the value of every figure.
         run_id: MLflow's.
         tries: how often it was begun.
+        training: name of the training that it is at; None: it has not reported yet.
     """
 
     id: str
@@ -56,6 +57,7 @@ class TrialRecord:
     history: list[dict[str, float]] = field(default_factory=list)
     run_id: str | None = None
     tries: int = 0
+    training: str | None = None
 
     @property
     def ended(self) -> bool:

@@ -132,8 +132,8 @@ class Proposals(Searcher):  # type: ignore[misc]
     def _begun(self, identity: str) -> dict[str, Any]:
         """What Tune gives the trial, as `proposal`.
 
-        `id`; `config`, or why there is none as `invalid`; and `plain`, what the plain models had at
-        each epoch, by epoch.
+        `id`; `config`, or why there is none as `invalid`; `plain`, what the plain models had at each
+        epoch, by epoch; and `training`, the name of the one that is to go on.
         """
         trial, config, invalid = self._ledger.trials[identity], None, None
         try:
@@ -148,6 +148,7 @@ class Proposals(Searcher):  # type: ignore[misc]
             "config": None if config is None else config.model_dump(mode="json"),
             "invalid": invalid,
             "plain": {} if trial.baseline else self._curve(),
+            "training": trial.training,
         }
         return {"proposal": proposal}
 

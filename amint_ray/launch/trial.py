@@ -68,7 +68,7 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
     others), `violation`, `figures` (flat, by name), `entries` (those of the epochs since the last
-    report, for MLflow) and `notices`. A trial that cannot succeed reports `failed`, and why, and is
+    report, for MLflow), `training` (its name) and `notices`. A trial that cannot succeed reports `failed`, and why, and is
     not tried again.
 
     Args:
@@ -84,7 +84,7 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
         tune.report({"failed": proposal["invalid"]})
         return
     trained = Config.model_validate(proposal["config"])
-    run_name, inherit = _life(given.name, proposal["id"])
+    run_name, inherit = _life(given.name, proposal)
     reporter = _Reporter(given, proposal, run_name)
     try:
         job = Job(
@@ -112,15 +112,15 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
         tune.report({"failed": first_line(error)})
 
 
-def _life(search: str, trial: str) -> tuple[str, ray.train.Checkpoint | None]:
+def _life(search: str, proposal: Mapping[str, Any]) -> tuple[str, ray.train.Checkpoint | None]:
     """Name of the training, and the checkpoint of another trial that it goes on from, if any.
 
     A trial that takes over another's weights begins a training of its own; one that is only tried
     again goes on with what it had.
     """
-    checkpoint = tune.get_checkpoint()
+    checkpoint, trial = tune.get_checkpoint(), proposal["id"]
     if checkpoint is None:
-        return f"{search}-{trial}", None
+        return proposal["training"] or f"{search}-{trial}", None
     with checkpoint.as_directory() as folder:
         lineage = json.loads((Path(folder) / _LINEAGE).read_text())
     if lineage["trial"] == trial:
@@ -161,6 +161,7 @@ class _Reporter:
                 plain=self._proposal["plain"].get(str(self._epoch)),
             ),
             "figures": figures,
+            "training": self._run_name,
             "entries": self._entries,
             "notices": self._notices,
         }
