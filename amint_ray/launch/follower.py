@@ -183,10 +183,9 @@ class Follower(tune.Callback):  # type: ignore[misc]
         with self.ledger.changing(identity) as record:
             record.looked(result["epoch"], result["figures"], result["violation"])
             record.training = result["training"]
-            changed = _perturbed(record, trial.config["proposal"]["config"])
-            record.settings |= changed
+            record.settings |= result["perturbed"]
         self._notices += [f"{identity}: {text}" for text in result["notices"]]
-        named = {f"pbt/{key}": value for key, value in changed.items()}
+        named = {f"perturbed/{key}": value for key, value in result["perturbed"].items()}
         for entry in result["entries"]:
             self._children.hear(identity, {**entry, **named})
 
@@ -217,18 +216,6 @@ class Follower(tune.Callback):  # type: ignore[misc]
         candidates = [record for record in others if not record.baseline]
         if state == "failed" and len(failed) >= _ENOUGH_FAILURES and alike and not candidates:
             self.hopeless = True
-
-
-def _perturbed(record: TrialRecord, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that population-based training changed, by key."""
-    found = {}
-    for key, value in record.settings.items():
-        at: Any = config
-        for part in key.split("."):
-            at = at.get(part) if isinstance(at, dict) else None
-        if isinstance(at, float) and at != value:
-            found[key] = at
-    return found
 
 
 def create_scheduler(search: Search, follower: Follower) -> TrialScheduler:

@@ -132,8 +132,8 @@ class Proposals(Searcher):  # type: ignore[misc]
     def _begun(self, identity: str) -> dict[str, Any]:
         """What Tune gives the trial, as `proposal`.
 
-        `id`; `config`, or why there is none as `invalid`; `plain`, what the plain models had at each
-        epoch, by epoch; and `training`, the name of the one that is to go on.
+        `id`; `config`, or why there is none as `invalid`; `plain`, what the plain models had by
+        epoch; and `training`, the name of the one that is to go on.
         """
         trial, config, invalid = self._ledger.trials[identity], None, None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -48,6 +49,7 @@ class Given:
         constraint: of the search.
         hand_over: epochs after which the trial leaves a checkpoint that others can take over; 0:
             it leaves none.
+        perturbed: keys of the configuration that may change in mid-run.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Given:
     objectives: Sequence[Objective]
     constraint: Constraint | None
     hand_over: int = 0
+    perturbed: Sequence[str] = ()
 
 
 def run_trial(config: dict[str, Any], given: Given) -> None:
@@ -68,8 +71,8 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
     others), `violation`, `figures` (flat, by name), `entries` (those of the epochs since the last
-    report, for MLflow), `training` (its name) and `notices`. A trial that cannot succeed reports `failed`, and why, and is
-    not tried again.
+    report, for MLflow), `training` (its name), `perturbed` (the values of those keys) and
+    `notices`. A trial that cannot succeed reports `failed`, and why, and is not tried again.
 
     Args:
         config: Tune's name for what it hands a trial; `proposal` has what `Proposals` made.
@@ -162,6 +165,7 @@ class _Reporter:
             ),
             "figures": figures,
             "training": self._run_name,
+            "perturbed": {key: _at(self._proposal["config"], key) for key in self._given.perturbed},
             "entries": self._entries,
             "notices": self._notices,
         }
@@ -200,6 +204,11 @@ class _Reporter:
 
     def heartbeat(self) -> None:
         """Tune ends a trial when it reports."""
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 def judged(

@@ -236,6 +236,7 @@ def _search(
     from amint_ray.launch.trial import Given, remove_trainings
 
     config, spec = prepared.config, plan.search.spec
+    population = spec.algorithm.name == "pbt"
     data, prepared = share(prepared)
     given = Given(
         name=folder.record.name,
@@ -248,7 +249,8 @@ def _search(
         sign=sign,
         objectives=spec.objective,
         constraint=spec.constraint,
-        hand_over=spec.algorithm.perturb_every if spec.algorithm.name == "pbt" else 0,
+        hand_over=spec.algorithm.perturb_every if population else 0,
+        perturbed=spec.algorithm.perturb if population else (),
     )
     where = Where(
         uri=prepared.tracking_uri,
