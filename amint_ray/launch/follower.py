@@ -131,8 +131,8 @@ class _Hopeless(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        """Whether all trials so far failed, and enough did."""
-        return self._follower.hopeless
+        """Whether all trials so far failed, and enough did; or nobody listens any more."""
+        return self._follower.hopeless or self._follower.closed
 
 
 class Follower(tune.Callback):  # type: ignore[misc]
@@ -140,6 +140,8 @@ class Follower(tune.Callback):  # type: ignore[misc]
 
     Attributes:
         hopeless: whether trials fail, and fail alike.
+        closed: set to have it hear nothing more, and Tune end: trials that are under way go on
+            when the search does.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         configure: Callable[[TrialRecord], Config],
     ) -> None:
         self.ledger = ledger
-        self.hopeless = False
+        self.hopeless = self.closed = False
         self._children, self._proposals, self._configure = children, proposals, configure
         self._notices: list[str] = []
 
@@ -165,6 +167,8 @@ class Follower(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or begins again."""
+        if self.closed:
+            return
         identity = _identity(trial)
         self.ledger.begin(identity)
         with contextlib.suppress(UserError):  # it has no configuration, as it is about to report
@@ -178,7 +182,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         if "failed" in result:
             self._end(identity, "failed", result["failed"])
             return
-        if "figures" not in result:
+        if "figures" not in result or self.closed:
             return
         with self.ledger.changing(identity) as record:
             record.looked(result["epoch"], result["figures"], result["violation"])
@@ -205,7 +209,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         self._end(_identity(trial), "failed", last)
 
     def _end(self, trial: str, state: Any, reason: str | None) -> None:
-        if self.ledger.trials[trial].ended:
+        if self.ledger.trials[trial].ended or self.closed:
             return
         self.ledger.end(trial, state, reason)
         self._children.end(trial, state, reason)

@@ -36,8 +36,10 @@ from amint_ray.launch.time_limit import in_thread
 _SECONDS_BETWEEN_POLLS = 0.2
 _SECONDS_BETWEEN_SHOWS = 0.5
 _SECONDS_BETWEEN_NOTES = 10.0
+_SECONDS_TO_STOP = 15.0
 _TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A trial that failed reports no score.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -313,7 +315,12 @@ def _search(
                 time.sleep(_SECONDS_BETWEEN_POLLS)
             running.result()
         except BaseException:
+            follower.closed = True
             children.kill(watcher)
+            # What Tune's thread asks Ray for once that is down would start another Ray.
+            with contextlib.suppress(Exception):
+                running.result(_SECONDS_TO_STOP)
+            free_orphans()
             raise
         folder.note(seconds=folder.record.seconds + time.monotonic() - since)
         free_orphans()

@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SEARCH = """
 recipe: digits
 settings:
-  train.epochs: 8
+  train.epochs: 12
   train.schedule: constant
   data.confounder_check: false
   cluster.workers: 2
 space:
   loss.lambda_mint: {loguniform: [0.01, 3.0]}
   train.lr: {loguniform: [1.0e-4, 1.0e-2]}
-algorithm: {name: pbt, perturb_every: 2}
+algorithm: {name: pbt, perturb_every: 4}
 scheduler: {name: none}
 budget: {trials: 3}
 final: {seeds: 0}
@@ -77,7 +77,7 @@ def test_a_population_that_was_stopped_leaves_nothing_running_and_goes_on(
     (tmp_path / "population.yaml").write_text(SEARCH)
     arguments = ["tune", "population.yaml", "storage.path=s3://amint/runs"]
     first = Command(tmp_path, arguments, environment=stack.environment)
-    first.wait_until(lambda: sorted(looks(monkeypatch, stack))[-3:-1] >= [3, 3])
+    first.wait_until(lambda: len(found := looks(monkeypatch, stack)) == 3 and min(found) >= 2)
     first.interrupt(signal.SIGINT)
     assert first.wait() == 128 + signal.SIGINT
     assert "3 MLflow runs of trials are marked KILLED" in first.stderr
@@ -103,7 +103,8 @@ def test_a_population_that_was_stopped_leaves_nothing_running_and_goes_on(
     ]
     assert any(len(set(values)) > 1 for values in rates)
     for trial, values in zip(trials, rates, strict=True):
-        assert 1e-4 <= min(values) and max(values) <= 1e-2
+        assert min(values) >= 1e-4
+        assert max(values) <= 1e-2
         assert trial["settings"]["train.lr"] == values[-1]
         assert runs[trial["run_id"]].data.params["cluster.workers"] == "2"
     # Somebody went on with another's weights: its training bears both names.
