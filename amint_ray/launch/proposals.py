@@ -17,9 +17,10 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
+from amint_ray.config.points import grid
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
-from amint_ray.config.space import Settings, Space, draw, grid
+from amint_ray.config.space import Settings, Space, draw
 from amint_ray.contracts import UserError, first_line
 from amint_ray.launch.ledger import Ledger, TrialRecord
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from amint_ray.config import space as spaces
+from amint_ray.config.points import grid, probes
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
 from amint_ray.config.space import Space
@@ -110,11 +111,11 @@ def plan_search(search: Search, watcher: Watcher) -> Plan:
             raise UserError(f"search: {error}") from error
     if search.spec.algorithm.name == "grid":
         try:
-            spaces.grid(space)
+            grid(space)
         except ValueError as error:
             raise UserError(f"search: {error}") from error
     seen: set[str] = set()
-    for settings in spaces.probes(space):
+    for settings in probes(space):
         watcher.heartbeat()
         config = search.config(settings)
         shape = (config.data.image_size, config.data.channels)

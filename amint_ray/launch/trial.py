@@ -18,7 +18,7 @@ from ray import tune
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from amint_ray.config.schema import Config
-from amint_ray.config.search import Constraint, Objective
+from amint_ray.config.search_schema import Constraint, Objective
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
 from amint_ray.launch.fit import DivergedError, Job, fit
 from amint_ray.model.joint import plan_architecture
