@@ -34,9 +34,15 @@ RECIPE = "recipe"
 _OTHER_IMAGES = (
     *("data.source", "data.path", "data.limit", "data.split_seed", "data.shares"),
     *("data.external", "data.near_duplicates", "data.image_column", "data.label_column"),
+    *("data.max_megapixels", "data.max_bad_fraction"),
+)
+_READING = (
+    *("data.mode", "data.memory_gib", "data.readers", "data.streams", "data.timeout_seconds"),
+    "data.confounder_check",
 )
 _NOT_SEARCHED = {
     **dict.fromkeys(_OTHER_IMAGES, "trials with other images or roles cannot be compared"),
+    **dict.fromkeys(_READING, "images are read once for all trials"),
     "train.seed": "`seeds: N` trains each configuration so many times",
     "evaluation": "what is measured must be the same for all trials",
     "cluster": "where a trial runs does not change it",
@@ -45,6 +51,10 @@ _NOT_SEARCHED = {
     "name": "the search names its trials",
 }
 _MOST_PROBED = 500
+_NOT_IDENTITY = {
+    *("budget", "final", "paper"),
+    *("recipe", "settings", "variables"),  # the configuration has what comes of these
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def _config(spec: SearchSpec, overrides: Sequence[str], settings: Settings) -> C
 
 def _written(value: Any) -> str:
     """A value as an override has it; JSON is YAML, and OmegaConf must see no reference in it."""
-    return json.dumps(value).replace("${", "\\${")
+    return json.dumps(value).replace("${", "\\\\${")
 
 
 def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
@@ -128,7 +138,13 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
     own: list[str] = []
     others: list[str] = []
     for override in overrides:
-        section = override.partition("=")[0].strip().partition(".")[0]
+        section = _key_of(override).partition(".")[0]
+        if "=" in override and section not in {**SearchSpec.model_fields, **Config.model_fields}:
+            raise UserError(
+                f"search: override {override!r}: unknown key; the search file has "
+                f"{', '.join(SearchSpec.model_fields)}, the configuration "
+                f"{', '.join(Config.model_fields)}"
+            )
         (own if section in SearchSpec.model_fields else others).append(override)
     for override in own:
         tree = merge_override(tree, override)
@@ -145,6 +161,10 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
         )
     space = _checked_space(spec, others)
     return Search(spec, tuple(others), space, base)
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _validated(tree: DictConfig, file: str) -> SearchSpec:
@@ -172,6 +192,11 @@ def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
     for key in spaces.keys(space):
         if key != RECIPE:
             _check_key(key)
+    for key in (*spec.settings, *map(_key_of, overrides)):
+        if key in space.parameters:
+            raise UserError(
+                f"search: {key} is set for all trials and is in the space, too; leave out one"
+            )
     if spec.algorithm.name == "pbt":
         _check_perturbed(spec, space)
     if spec.algorithm.name == "grid" and not spaces.has_modules(space):
@@ -247,5 +272,7 @@ def search_fingerprint(search: Search) -> str:
 
 def identity(search: Search) -> dict[str, Any]:
     """What the fingerprint is over, by key."""
-    values = search.spec.model_dump(mode="json", exclude={"budget", "final", "paper", "variables"})
-    return {**values, "configuration": fingerprint(search.base), "overrides": None}
+    values = search.spec.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    recipes = {str(p[RECIPE]): {RECIPE: p[RECIPE]} for p in probes(search.space) if RECIPE in p}
+    configurations = {name: fingerprint(search.config(own)) for name, own in recipes.items()}
+    return {**values, "configuration": configurations or fingerprint(search.base)}

@@ -155,5 +155,5 @@ def _differing(record: SearchRecord, search: Search) -> str:
     """Which keys differ, in words."""
     now = identity(search)
     keys = [key for key in {**record.identity, **now} if record.identity.get(key) != now.get(key)]
-    told = {"configuration": "recipe or settings", "overrides": "settings"}
+    told = {"configuration": "recipe or settings"}
     return f"other {', '.join(dict.fromkeys(told.get(key, key) for key in keys))}"
