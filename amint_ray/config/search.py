@@ -91,12 +91,6 @@ class Search:
         """Of the first trial of each configuration."""
         return self.base.train.seed
 
-    @property
-    def runs(self) -> int | None:
-        """Trials in all; None: not known before the grid is."""
-        trials = self.spec.budget.trials
-        return None if trials is None else trials * self.spec.seeds
-
 
 def _config(spec: SearchSpec, overrides: Sequence[str], settings: Settings) -> Config:
     drawn = dict(settings)

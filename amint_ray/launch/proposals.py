@@ -93,8 +93,11 @@ class Proposals(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: its id in the ledger, and its configuration as JSON.
 
-        None while the plain models are trained: trials are judged by them.
+        None while the plain models are trained: trials are judged by them. The end where one of
+        them failed, or nothing is known of any.
         """
+        if any(trial.state == "failed" for trial in self._plain):
+            return str(Searcher.FINISHED)
         if self._unbegun:
             return self._begun(self._unbegun.pop(0))
         if not all(trial.ended for trial in self._plain):
@@ -115,8 +118,8 @@ class Proposals(Searcher):  # type: ignore[misc]
     def _begun(self, identity: str) -> dict[str, Any]:
         """What Tune gives the trial.
 
-        `id`; `config`, or why there is none as `invalid`; and `plain`, what the plain models had at
-        each epoch, by epoch.
+        `id`; `config`, or why there is none as `invalid`; `baseline`, whether it is a plain model;
+        and `plain`, what those had at each epoch, by epoch.
         """
         trial, config, invalid = self._ledger.trials[identity], None, None
         try:
@@ -130,6 +133,7 @@ class Proposals(Searcher):  # type: ignore[misc]
             "id": identity,
             "config": None if config is None else config.model_dump(mode="json"),
             "invalid": invalid,
+            "baseline": trial.baseline,
             "plain": {} if trial.baseline else self._curve(),
         }
 

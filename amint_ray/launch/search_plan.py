@@ -196,12 +196,10 @@ def check_metrics(plan: Plan, manifest: Manifest) -> None:
         )
 
 
-def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecord], int]:
-    """What a search would begin with, before any trial has ended, and how many trials there are.
+def first_trials(plan: Plan) -> tuple[list[TrialRecord], int]:
+    """What a search would begin with, and how many trials there are in all.
 
-    Args:
-        plan: of the search.
-        number: how many trials to show; None: up to ten that no ended trial can influence.
+    Beside the plain models up to ten configurations that no ended trial can influence.
     """
     from amint_ray.launch.proposals import Proposals
 
@@ -209,19 +207,15 @@ def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecor
     proposals = Proposals(
         plan.search, plan.space, ledger, lambda trial: plan.trial(trial, plan.base)
     )
+    constraint = plan.search.spec.constraint
     for trial in ledger.where(lambda trial: trial.baseline):
+        assert constraint is not None
         with ledger.changing(trial.id) as record:
             record.state = "done"
-            record.history = [{"epoch": 0.0, **_any_figure(plan)}]
-    algorithm, plain = plan.search.spec.algorithm, len(ledger.trials)
+            record.history = [{"epoch": 0.0, constraint.metric: 0.0}]
+    algorithm = plan.search.spec.algorithm
     free = algorithm.startup if algorithm.name in ("tpe", "nsga2") else proposals.planned
-    wanted = min(10, free) * plan.search.spec.seeds if number is None else number - plain
-    for count in range(wanted):
+    for count in range(min(10, free) * plan.search.spec.seeds):
         if isinstance(proposals.suggest(str(count)), str):
             break
     return ledger.where(lambda trial: True), proposals.planned
-
-
-def _any_figure(plan: Plan) -> dict[str, float]:
-    constraint = plan.search.spec.constraint
-    return {} if constraint is None else {constraint.metric: 0.0}

@@ -67,8 +67,9 @@ def run_trial(arguments: dict[str, Any], given: Given) -> None:
     """Train one configuration, and report each look at its figures to Tune.
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
-    others), `violation`, `figures` (flat, by name), `entry` (the epoch's, for MLflow) and
-    `notices`. A trial that cannot succeed reports `failed`, and why, and is not tried again.
+    others; of a plain model there is none), `violation`, `figures` (flat, by name), `entry` (the
+    epoch's, for MLflow) and `notices`. A trial that cannot succeed reports `failed`, and why, and
+    is not tried again.
 
     Args:
         arguments: from `Proposals.arguments`.
@@ -154,13 +155,15 @@ class _Reporter:
                 self._given.objectives[0],
                 self._given.constraint,
                 figures,
-                plain=self._arguments["plain"].get(str(self._epoch)),
+                plain=plain_at(self._arguments["plain"], self._epoch),
             ),
             "figures": figures,
             "entry": entry,
             "notices": self._notices,
         }
         self._notices = []
+        if self._arguments["baseline"]:
+            del report["score"]  # by which the scheduler would compare it with the trials
         every = self._given.hand_over
         if every and self._epoch % every == 0:
             self._hand_over(report)
@@ -221,6 +224,16 @@ def judged(
         return {"score": -(_INFEASIBLE**2), "violation": violation}
     score = value if objective.mode == "max" else -value
     return {"score": score - penalty(violation), "violation": violation}
+
+
+def plain_at(curve: Mapping[str, float], epoch: int) -> float | None:
+    """What the plain models had at their last look up to an epoch, or at their first.
+
+    A trial whose configuration has other epochs than theirs is looked at when they were not.
+    """
+    looks = [int(look) for look in curve]
+    before = [look for look in looks if look <= epoch]
+    return curve[str(max(before) if before else min(looks))] if looks else None
 
 
 def penalty(violation: float | None) -> float:
