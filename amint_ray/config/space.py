@@ -130,7 +130,8 @@ def _choice(what: Any, where: str) -> Choice:
         raise ValueError(f"{where}: choice = {what!r}: input should be a list of values")
     if not what:
         raise ValueError(f"{where}: the choice is empty; give it at least one value")
-    if len({json.dumps(value) for value in what}) < len(what):
+    texts = list(map(scalar, what))
+    if any(text in texts[:place] for place, text in enumerate(texts)):  # 1 and true are equal, too
         raise ValueError(f"{where}: the same value stands in the choice twice")
     return Choice(tuple(what))
 
