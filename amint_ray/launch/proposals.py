@@ -183,7 +183,6 @@ class Proposals(Searcher):  # type: ignore[misc]
             asked.set_constraint(_CONSTRAINT, violation)
         if state == TrialState.PRUNED:
             asked.report(values[0], self._reached(number))
-            values = None
         self._study.tell(asked, values if state == TrialState.COMPLETE else None, state=state)
         del self._asked[number]
 
@@ -238,7 +237,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         known = create_trial(
             params=recorded.values,
             distributions=recorded.distributions,
-            values=values if state == TrialState.COMPLETE else None,
+            values=values or None,
             state=state,
             intermediate_values={self._reached(number): values[0]} if pruned else None,
         )
