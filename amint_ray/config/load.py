@@ -218,7 +218,7 @@ def _roots(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
-    key = ".".join(path) or "the configuration"
+    key = ".".join(path)
     value = _shown(error["input"])
     if error["type"] == "extra_forbidden":
         valid = _keys_at(path[:-1], root)
@@ -233,6 +233,10 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         message = f"input should be a list, such as [{error['input']}]"
     if error["type"] == "too_short":
         message = "the list is empty"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if not path:
+        return message
     if isinstance(error["input"], dict | BaseModel) and error["type"] == "value_error":
         return f"{key}: {message}"
     return f"{key} = {value}: {message}"

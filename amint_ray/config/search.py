@@ -1,21 +1,18 @@
-"""A search file: a recipe, what may vary, what counts, and how much may be spent.
-
-`docs/search.md` explains it; the text under a field is its documentation.
-"""
+"""From a search file and overrides to a search that can be begun."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from amint_ray.config import space as spaces
 from amint_ray.config.load import (
@@ -26,8 +23,9 @@ from amint_ray.config.load import (
     nearest_key,
     read_tree,
 )
+from amint_ray.config.points import grid, probes
 from amint_ray.config.schema import Config
-from amint_ray.config.section import Section
+from amint_ray.config.search_schema import SearchSpec
 from amint_ray.config.space import Settings, Space, parse_space
 from amint_ray.contracts import UserError, first_line
 
@@ -36,9 +34,15 @@ RECIPE = "recipe"
 _OTHER_IMAGES = (
     *("data.source", "data.path", "data.limit", "data.split_seed", "data.shares"),
     *("data.external", "data.near_duplicates", "data.image_column", "data.label_column"),
+    *("data.max_megapixels", "data.max_bad_fraction"),
+)
+_READING = (
+    *("data.mode", "data.memory_gib", "data.readers", "data.streams", "data.timeout_seconds"),
+    "data.confounder_check",
 )
 _NOT_SEARCHED = {
     **dict.fromkeys(_OTHER_IMAGES, "trials with other images or roles cannot be compared"),
+    **dict.fromkeys(_READING, "images are read once for all trials"),
     "train.seed": "`seeds: N` trains each configuration so many times",
     "evaluation": "what is measured must be the same for all trials",
     "cluster": "where a trial runs does not change it",
@@ -47,202 +51,10 @@ _NOT_SEARCHED = {
     "name": "the search names its trials",
 }
 _MOST_PROBED = 500
-Metric = Annotated[str, Field(min_length=1)]
-
-
-class Objective(Section):
-    """One thing to be made large or small."""
-
-    metric: Metric
-    """As the run's document has it, such as `membership.member.auc` or `task.accuracy`."""
-    mode: Literal["max", "min"] = "max"
-    """Whether more or less of it is better."""
-
-
-class Constraint(Section):
-    """What a winner must keep; one limit."""
-
-    metric: Metric
-    """As in `objective`."""
-    at_least: float | None = None
-    """The least it may be."""
-    at_most: float | None = None
-    """The most it may be."""
-    most_below_plain: Annotated[float, Field(ge=0)] | None = None
-    """How far it may be below the same recipe with λ₂ = 0, which is then trained first (`seeds`
-    times) and compared at each epoch with what it had at that epoch."""
-    most_above_plain: Annotated[float, Field(ge=0)] | None = None
-    """The same for what is better when small."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Constraint:
-        limits = [name for name, value in self if name != "metric" and value is not None]
-        if len(limits) != 1:
-            raise ValueError(
-                "give one of at_least, at_most, most_below_plain, most_above_plain "
-                f"({' and '.join(limits) or 'none is there'})"
-            )
-        return self
-
-    @property
-    def wants_plain(self) -> bool:
-        """Whether the plain model is needed."""
-        return self.most_below_plain is not None or self.most_above_plain is not None
-
-    def violation(self, value: float, plain: float | None) -> float:
-        """How far the limit is passed; 0 where it is kept.
-
-        Args:
-            value: the metric of a trial.
-            plain: the same of the plain model, where it is wanted.
-        """
-        if self.at_least is not None:
-            return max(0.0, self.at_least - value)
-        if self.at_most is not None:
-            return max(0.0, value - self.at_most)
-        assert plain is not None
-        if self.most_below_plain is not None:
-            return max(0.0, plain - self.most_below_plain - value)
-        assert self.most_above_plain is not None
-        return max(0.0, value - plain - self.most_above_plain)
-
-
-class Algorithm(Section):
-    """Who proposes configurations."""
-
-    name: Literal["random", "grid", "tpe", "nsga2", "pbt"] = "tpe"
-    """`random`; `grid`: all combinations; `tpe`: Optuna's tree-structured Parzen estimator
-    (Bergstra et al. 2011), for one objective or several; `nsga2`: Optuna's genetic algorithm for
-    several (Deb et al. 2002); `pbt`: population-based training (Jaderberg et al. 2017), which
-    changes λ₂ and the learning rate of trials under way."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of what is drawn."""
-    startup: Annotated[int, Field(ge=1)] = 10
-    """Configurations that `tpe` draws at random first; the size of `nsga2`'s population."""
-    perturb: tuple[str, ...] = Field(default=("loss.lambda_mint", "train.lr"), strict=False)
-    """Keys that `pbt` changes; they must be in the space, as numbers."""
-    perturb_every: Annotated[int, Field(ge=1)] = 5
-    """Epochs between two changes (`pbt`)."""
-
-
-class Scheduler(Section):
-    """Who stops trials that lag behind."""
-
-    name: Literal["asha", "none"] = "asha"
-    """`asha`: asynchronous successive halving (Li et al. 2020) on the first objective, infeasible
-    trials behind all others. `none`: every trial runs to its end."""
-    grace: Annotated[int, Field(ge=1)] = 1
-    """Epochs that every trial has."""
-    reduction: Annotated[float, Field(gt=1)] = 3
-    """One in so many goes on at each rung; each rung has so many times the epochs of the last."""
-
-
-class Budget(Section):
-    """How much may be spent."""
-
-    trials: Annotated[int, Field(ge=1)] | None = None
-    """Configurations; null: all of a grid, 16 otherwise."""
-    hours: Annotated[float, Field(gt=0)] | None = None
-    """After which no trial goes on; what was found by then counts."""
-    concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Trials at a time; null: as many as the cluster has room for."""
-    retries: Annotated[int, Field(ge=0)] = 1
-    """How often a trial that failed is tried again, from its last checkpoint. A loss that is not
-    finite is not tried again."""
-
-
-class Final(Section):
-    """What becomes of the winner."""
-
-    seeds: Annotated[int, Field(ge=0)] = 3
-    """How often it is trained again from scratch, with seeds that no trial had, and measured on
-    `test`; the first one's model is registered. 0: it is not."""
-    default: bool = False
-    """Train the recipe as it is with the same seeds, too, and compare."""
-
-
-class Paper(Section):
-    """Published figures to be shown beside those of the trials."""
-
-    source: str
-    """Where they are from."""
-    rows: str
-    """Parameter whose value names the row."""
-    columns: str
-    """Parameter whose value names the column."""
-    figures: tuple[str, ...] = Field(strict=False)
-    """What a cell holds: metrics of ours, in the order of its numbers."""
-    cells: dict[str, dict[str, tuple[Annotated[float, Field(strict=False)], ...]]] = Field(
-        strict=False
-    )
-    """By row and column."""
-
-    @field_validator("cells", mode="before")
-    @classmethod
-    def _tuples(cls, cells: Any) -> Any:
-        if not isinstance(cells, Mapping):
-            return cells
-        return {
-            row: {column: tuple(cell) for column, cell in columns.items()}
-            for row, columns in cells.items()
-        }
-
-
-def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, Mapping) else value
-
-
-class SearchSpec(Section):
-    """Everything in a search file."""
-
-    name: Annotated[str, Field(max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "search"
-    """Names its folder in `storage.path` and its MLflow run; by default the file's name."""
-    recipe: Annotated[str, Field(min_length=1)]
-    """Name of a recipe, or a YAML file."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the configuration that all trials have otherwise than the recipe."""
-    variables: dict[str, Any] = Field(default_factory=dict)
-    """For `${variables.NAME}` elsewhere in the file, to be set on the command line."""
-    space: dict[str, Any]
-    """What may vary; see the top of config/space.py."""
-    objective: Annotated[
-        tuple[Objective, ...],
-        Field(strict=False, min_length=1, max_length=3),
-        BeforeValidator(_one_or_several),
-    ] = (Objective(metric="membership.member.auc"),)
-    """One to three of them; with several, the winner is the one of their Pareto front that is
-    nearest to the best of each."""
-    constraint: Constraint | None = None
-    """What a winner must keep."""
-    algorithm: Algorithm = Algorithm()
-    scheduler: Scheduler = Scheduler()
-    budget: Budget = Budget()
-    seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Trials of each configuration, with seeds of their own; what counts is their mean."""
-    report_every: Annotated[int, Field(ge=1)] = 1
-    """Epochs between two looks at a trial's figures."""
-    final: Final = Final()
-    paper: Paper | None = None
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> SearchSpec:
-        metrics = [objective.metric for objective in self.objective]
-        if len(set(metrics)) < len(metrics):
-            raise ValueError("objective: the same metric stands there twice")
-        name = self.algorithm.name
-        if name == "nsga2" and len(metrics) == 1:
-            raise ValueError("algorithm.name = nsga2 is for several objectives; take tpe")
-        if name == "pbt":
-            if self.scheduler.name != "none":
-                raise ValueError("algorithm.name = pbt decides itself; set scheduler.name=none")
-            if self.algorithm.perturb_every % self.report_every:
-                raise ValueError(
-                    f"algorithm.perturb_every = {self.algorithm.perturb_every} must be a multiple "
-                    f"of report_every = {self.report_every}"
-                )
-            if self.seeds > 1 or len(metrics) > 1:
-                raise ValueError("algorithm.name = pbt takes one objective and seeds = 1")
-        return self
+_NOT_IDENTITY = {
+    *("budget", "final", "paper"),
+    *("recipe", "settings", "variables"),  # the configuration has what comes of these
+}
 
 
 @dataclass(frozen=True)
@@ -279,12 +91,6 @@ class Search:
         """Of the first trial of each configuration."""
         return self.base.train.seed
 
-    @property
-    def runs(self) -> int | None:
-        """Trials in all; None: not known before the grid is."""
-        trials = self.spec.budget.trials
-        return None if trials is None else trials * self.spec.seeds
-
 
 def _config(spec: SearchSpec, overrides: Sequence[str], settings: Settings) -> Config:
     drawn = dict(settings)
@@ -302,7 +108,7 @@ def _config(spec: SearchSpec, overrides: Sequence[str], settings: Settings) -> C
 
 def _written(value: Any) -> str:
     """A value as an override has it; JSON is YAML, and OmegaConf must see no reference in it."""
-    return json.dumps(value).replace("${", "\\${")
+    return json.dumps(value).replace("${", "\\\\${")
 
 
 def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
@@ -326,7 +132,13 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
     own: list[str] = []
     others: list[str] = []
     for override in overrides:
-        section = override.partition("=")[0].strip().partition(".")[0]
+        section = _key_of(override).partition(".")[0]
+        if "=" in override and section not in {**SearchSpec.model_fields, **Config.model_fields}:
+            raise UserError(
+                f"search: override {override!r}: unknown key; the search file has "
+                f"{', '.join(SearchSpec.model_fields)}, the configuration "
+                f"{', '.join(Config.model_fields)}"
+            )
         (own if section in SearchSpec.model_fields else others).append(override)
     for override in own:
         tree = merge_override(tree, override)
@@ -343,6 +155,10 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
         )
     space = _checked_space(spec, others)
     return Search(spec, tuple(others), space, base)
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _validated(tree: DictConfig, file: str) -> SearchSpec:
@@ -370,14 +186,19 @@ def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
     for key in spaces.keys(space):
         if key != RECIPE:
             _check_key(key)
+    for key in (*spec.settings, *map(_key_of, overrides)):
+        if key in space.parameters:
+            raise UserError(
+                f"search: {key} is set for all trials and is in the space, too; leave out one"
+            )
     if spec.algorithm.name == "pbt":
         _check_perturbed(spec, space)
     if spec.algorithm.name == "grid" and not spaces.has_modules(space):
         try:
-            spaces.grid(space)
+            grid(space)
         except ValueError as error:
             raise UserError(f"search: {error}") from error
-    for settings in spaces.probes(space)[:_MOST_PROBED]:
+    for settings in probes(space)[:_MOST_PROBED]:
         try:
             config = _config(spec, overrides, settings)
         except UserError as error:
@@ -445,5 +266,7 @@ def search_fingerprint(search: Search) -> str:
 
 def identity(search: Search) -> dict[str, Any]:
     """What the fingerprint is over, by key."""
-    values = search.spec.model_dump(mode="json", exclude={"budget", "final", "paper", "variables"})
-    return {**values, "configuration": fingerprint(search.base), "overrides": None}
+    values = search.spec.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    recipes = {str(p[RECIPE]): {RECIPE: p[RECIPE]} for p in probes(search.space) if RECIPE in p}
+    configurations = {name: fingerprint(search.config(own)) for name, own in recipes.items()}
+    return {**values, "configuration": configurations or fingerprint(search.base)}

@@ -13,7 +13,7 @@ output: {mint.taps: output}
 
 from __future__ import annotations
 
-import itertools
+import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,15 +104,25 @@ def parse_space(tree: Mapping[str, Any], where: str = "space") -> Space:
     """
     if not isinstance(tree, Mapping) or not tree:
         raise ValueError(f"{where}: a mapping of at least one key to what it may be is needed")
-    return Space({str(key): _parameter(value, f"{where}.{key}") for key, value in tree.items()})
+    space = Space({str(key): _parameter(value, f"{where}.{key}") for key, value in tree.items()})
+    before: set[str] = set()
+    for name, parameter in space.parameters.items():
+        own = set(keys(Space({name: parameter})))
+        if twice := own & before:  # which one would count would depend on their order
+            raise ValueError(f"{where}.{name}: {min(twice)} is set beside it, too; set it once")
+        before |= own
+    return space
 
 
 def _parameter(value: Any, where: str) -> Parameter:
     if not isinstance(value, Mapping) or len(value) != 1:
         return Constant(value)
     ((kind, what),) = value.items()
-    read = _KINDS.get(kind)
-    return Constant(value) if read is None else read(what, where)
+    if kind in _KINDS:
+        return _KINDS[kind](what, where)
+    if near := difflib.get_close_matches(str(kind), _KINDS, n=1, cutoff=0.75):
+        raise ValueError(f"{where}: unknown kind {kind!r}, did you mean {near[0]!r}?")
+    return Constant(value)
 
 
 def _choice(what: Any, where: str) -> Choice:
@@ -120,7 +130,8 @@ def _choice(what: Any, where: str) -> Choice:
         raise ValueError(f"{where}: choice = {what!r}: input should be a list of values")
     if not what:
         raise ValueError(f"{where}: the choice is empty; give it at least one value")
-    if len({json.dumps(value) for value in what}) < len(what):
+    texts = list(map(scalar, what))
+    if any(text in texts[:place] for place, text in enumerate(texts)):  # 1 and true are equal, too
         raise ValueError(f"{where}: the same value stands in the choice twice")
     return Choice(tuple(what))
 
@@ -248,7 +259,7 @@ def draw(space: Space, trial: Trial) -> tuple[Settings, Settings]:
     Returns:
         The parameters by name, as they were picked (a value that is no scalar as JSON), and what
         that sets by key of the configuration. A key that several branches have, each otherwise,
-        is a parameter of its own in each, named `key (branch)`.
+        is a parameter of its own in each, named `key (branch)`, or `key (outer/inner)`.
     """
     parameters: Settings = {}
     settings: Settings = {}
@@ -260,7 +271,7 @@ def draw(space: Space, trial: Trial) -> tuple[Settings, Settings]:
             if isinstance(parameter, Branches):
                 picked = trial.suggest_categorical(name, list(parameter.spaces))
                 parameters[name] = picked
-                visit(parameter.spaces[picked], picked)
+                visit(parameter.spaces[picked], f"{branch}/{picked}" if branch else picked)
             else:
                 settings[key] = _pick(parameter, name, trial, parameters)
 
@@ -298,7 +309,10 @@ def _pick(parameter: Parameter, name: str, trial: Trial, parameters: Settings) -
             for number in range(1, count + 1):
                 part = name if count == 1 else f"{name} #{number}"
                 parameters[part] = trial.suggest_int(part, 0, len(names) - 1)
-                places.add(parameters[part])
+                place = parameters[part]
+                while place in places:  # two picks of one module are it and the next
+                    place = (place + 1) % len(names)
+                places.add(place)
             return [names[place] for place in sorted(places)]
         case Constant(value):
             return value
@@ -308,77 +322,3 @@ def _pick(parameter: Parameter, name: str, trial: Trial, parameters: Settings) -
 def scalar(value: Any) -> Any:
     """A value as it is where it is a scalar, else as JSON."""
     return value if isinstance(value, str | int | float | None) else json.dumps(value)
-
-
-def grid(space: Space) -> list[tuple[Settings, Settings]]:
-    """Every point of a space without real numbers, in the order of the file; as from `draw`.
-
-    Raises:
-        ValueError: a key has infinitely many values.
-    """
-    points: list[tuple[Settings, Settings]] = []
-    path: list[tuple[str, int, int]] = []  # name, place and number of its options
-
-    class Odometer:
-        """Picks along `path`, and the first option of what comes after it."""
-
-        def __init__(self) -> None:
-            self._depth = 0
-
-        def _next(self, name: str, options: int) -> int:
-            if self._depth == len(path):
-                path.append((name, 0, options))
-            self._depth += 1
-            return path[self._depth - 1][1]
-
-        def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-            return choices[self._next(name, len(choices))]
-
-        def suggest_int(self, name: str, low: int, high: int) -> int:
-            return low + self._next(name, high - low + 1)
-
-        def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-            raise ValueError(
-                f"space.{name}: a grid cannot have all numbers from {low:g} to {high:g}; give a "
-                "choice, or take another algorithm.name"
-            )
-
-    while True:
-        point = draw(space, Odometer())
-        if all(point[1] != other[1] for other in points):  # two modules in either order are one
-            points.append(point)
-        while path and path[-1][1] == path[-1][2] - 1:
-            path.pop()
-        if not path:
-            return points
-        name, place, options = path.pop()
-        path.append((name, place + 1, options))
-
-
-def probes(space: Space) -> list[Settings]:
-    """Points that together have every option, and both ends, of every key in them."""
-    firsts = {key: _options(key, parameter)[0] for key, parameter in space.parameters.items()}
-    found = [dict(itertools.chain.from_iterable(first.items() for first in firsts.values()))]
-    for key, parameter in space.parameters.items():
-        others = [first for name, first in firsts.items() if name != key]
-        base = dict(itertools.chain.from_iterable(first.items() for first in others))
-        for option in _options(key, parameter):
-            if base | option not in found:
-                found.append(base | option)
-    return found
-
-
-def _options(key: str, parameter: Parameter) -> list[Settings]:
-    match parameter:
-        case Choice(values):
-            return [{key: value} for value in values]
-        case Real(low, high, _):
-            return [{key: low}, {key: high}]
-        case Integer(low, high):
-            return [{key: low}, {key: high}]
-        case Modules(count, _, names):
-            return [{key: list(names[:count])}, {key: list(names[-count:])}] if names else [{}]
-        case Branches(spaces):
-            return [probe for below in spaces.values() for probe in probes(below)]
-        case Constant(value):
-            return [{key: value}]

@@ -30,6 +30,8 @@ from amint_ray.storage import Location
 
 _ENOUGH_FAILURES = 5
 """Trials that fail alike, with none that does not, after which no more are tried."""
+_MOST_EPOCHS = 1_000_000
+"""A trial ends by itself, after as many epochs as its own configuration has."""
 _TRIAL_BYTES = 1 << 20
 """Ray wants a trial to ask for something. A core, or a hundredth of one, would be missing to the
 workers, who need whole ones."""
@@ -224,15 +226,14 @@ class Follower(tune.Callback):  # type: ignore[misc]
 
 def create_scheduler(search: Search, follower: Follower) -> TrialScheduler:
     """Tune's scheduler; ASHA knows of all trials that have ended already."""
-    spec, epochs = search.spec, search.base.train.epochs
+    spec = search.spec
     if spec.scheduler.name == "none":
         return FIFOScheduler()
     scheduler = ASHAScheduler(
         time_attr="epoch",
         metric="score",
         mode="max",
-        # One more than there are: a trial ends by itself.
-        max_t=max(epochs, spec.scheduler.grace) + 1,
+        max_t=_MOST_EPOCHS,
         grace_period=spec.scheduler.grace,
         reduction_factor=spec.scheduler.reduction,
     )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -179,6 +180,7 @@ class Ledger:
 
 
 def common_reason(records: list[TrialRecord]) -> str:
-    """What most of the failed trials say."""
-    reasons = [record.reason or "unknown" for record in records]
-    return first_line(Exception(max(set(reasons), key=reasons.count)))
+    """What most of the failed trials say; of several such, the first."""
+    reasons = Counter(record.reason or "unknown" for record in records)
+    ((reason, _),) = reasons.most_common(1)
+    return first_line(Exception(reason))

@@ -17,9 +17,10 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
+from amint_ray.config.points import grid
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
-from amint_ray.config.space import Settings, Space, draw, grid
+from amint_ray.config.space import Settings, Space, draw
 from amint_ray.contracts import UserError, first_line
 from amint_ray.launch.ledger import Ledger, TrialRecord
 
@@ -101,8 +102,11 @@ class Proposals(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: its id in the ledger, and its configuration as JSON.
 
-        None while the plain models are trained: trials are judged by them.
+        None while the plain models are trained: trials are judged by them. The end where one of
+        them failed, or nothing is known of any.
         """
+        if any(trial.state == "failed" for trial in self._plain):
+            return str(Searcher.FINISHED)
         if self._unbegun:
             return self._begun(self._unbegun.pop(0))
         if not all(trial.ended for trial in self._plain):
@@ -132,8 +136,9 @@ class Proposals(Searcher):  # type: ignore[misc]
     def _begun(self, identity: str) -> dict[str, Any]:
         """What Tune gives the trial, as `proposal`.
 
-        `id`; `config`, or why there is none as `invalid`; `plain`, what the plain models had by
-        epoch; and `training`, the name of the one that is to go on.
+        `id`; `config`, or why there is none as `invalid`; `baseline`, whether it is a plain
+        model; `plain`, what those had by epoch; and `training`, the name of the one that is to go
+        on.
         """
         trial, config, invalid = self._ledger.trials[identity], None, None
         try:
@@ -147,6 +152,7 @@ class Proposals(Searcher):  # type: ignore[misc]
             "id": identity,
             "config": None if config is None else config.model_dump(mode="json"),
             "invalid": invalid,
+            "baseline": trial.baseline,
             "plain": {} if trial.baseline else self._curve(),
             "training": trial.training,
         }
@@ -198,7 +204,6 @@ class Proposals(Searcher):  # type: ignore[misc]
             asked.set_constraint(_CONSTRAINT, violation)
         if state == TrialState.PRUNED:
             asked.report(values[0], self._reached(number))
-            values = None
         self._study.tell(asked, values if state == TrialState.COMPLETE else None, state=state)
         del self._asked[number]
 
@@ -253,7 +258,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         known = create_trial(
             params=recorded.values,
             distributions=recorded.distributions,
-            values=values if state == TrialState.COMPLETE else None,
+            values=values or None,
             state=state,
             intermediate_values={self._reached(number): values[0]} if pruned else None,
         )

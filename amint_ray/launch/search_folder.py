@@ -57,7 +57,7 @@ class SearchFolder:
 
     Attributes:
         place: where it is.
-        record: as it was last written.
+        record: as it will be written next.
     """
 
     def __init__(self, place: Location, record: SearchRecord) -> None:
@@ -107,6 +107,9 @@ class SearchFolder:
 def open_search(search: Search, storage: Location, watcher: Watcher, *, new: bool) -> SearchFolder:
     """The folder of a search that goes on, or of a new one.
 
+    Nothing is written before `note` is called: a search in which something is found wrong after
+    this leaves no folder, to which it would not belong once it is put right.
+
     Args:
         search: what is asked for.
         storage: where runs and searches are kept.
@@ -115,7 +118,7 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
 
     Raises:
         UserError: the folder belongs to another search, or another process is at work on it.
-        OSError: storage cannot be read or written.
+        OSError: storage cannot be read.
     """
     fingerprint, name = search_fingerprint(search), search.spec.name
     if new:
@@ -126,9 +129,8 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
             record = SearchRecord(**json.loads(file.read()))
     except FileNotFoundError:
         unique = f"{name}-{secrets.token_hex(3)}"
-        folder = SearchFolder(place, SearchRecord(unique, fingerprint, identity(search)))
-        folder.note(attempts=1)
-        return folder
+        made = SearchRecord(unique, fingerprint, identity(search), attempts=1)
+        return SearchFolder(place, made)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"search: {place.uri}/{_RECORD} is damaged ({first_line(error)}); remove the folder, "
@@ -145,15 +147,13 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
             f"search: another process is at work on {place.uri}; wait until it has ended, or stop "
             "it first"
         )
-    folder = SearchFolder(place, record)
-    if not record.ended:
-        folder.note(attempts=record.attempts + 1)
-    return folder
+    attempts = record.attempts + (not record.ended)
+    return SearchFolder(place, replace(record, attempts=attempts))
 
 
 def _differing(record: SearchRecord, search: Search) -> str:
     """Which keys differ, in words."""
     now = identity(search)
     keys = [key for key in {**record.identity, **now} if record.identity.get(key) != now.get(key)]
-    told = {"configuration": "recipe or settings", "overrides": "settings"}
+    told = {"configuration": "recipe or settings"}
     return f"other {', '.join(dict.fromkeys(told.get(key, key) for key in keys))}"

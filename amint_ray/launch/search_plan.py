@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from amint_ray.config import space as spaces
+from amint_ray.config.points import grid, probes
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
 from amint_ray.config.space import Space
@@ -111,11 +112,11 @@ def plan_search(search: Search, watcher: Watcher) -> Plan:
             raise UserError(f"search: {error}") from error
     if search.spec.algorithm.name == "grid":
         try:
-            spaces.grid(space)
+            grid(space)
         except ValueError as error:
             raise UserError(f"search: {error}") from error
     seen: set[str] = set()
-    for settings in spaces.probes(space):
+    for settings in probes(space):
         watcher.heartbeat()
         config = search.config(settings)
         shape = (config.data.image_size, config.data.channels)
@@ -196,12 +197,10 @@ def check_metrics(plan: Plan, manifest: Manifest) -> None:
         )
 
 
-def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecord], int]:
-    """What a search would begin with, before any trial has ended, and how many trials there are.
+def first_trials(plan: Plan) -> tuple[list[TrialRecord], int]:
+    """What a search would begin with, and how many trials there are in all.
 
-    Args:
-        plan: of the search.
-        number: how many trials to show; None: up to ten that no ended trial can influence.
+    Beside the plain models up to ten configurations that no ended trial can influence.
     """
     from amint_ray.launch.proposals import Proposals
 
@@ -209,19 +208,15 @@ def first_trials(plan: Plan, number: int | None = None) -> tuple[list[TrialRecor
     proposals = Proposals(
         plan.search, plan.space, ledger, lambda trial: plan.trial(trial, plan.base)
     )
+    constraint = plan.search.spec.constraint
     for trial in ledger.where(lambda trial: trial.baseline):
+        assert constraint is not None
         with ledger.changing(trial.id) as record:
             record.state = "done"
-            record.history = [{"epoch": 0.0, **_any_figure(plan)}]
-    algorithm, plain = plan.search.spec.algorithm, len(ledger.trials)
+            record.history = [{"epoch": 0.0, constraint.metric: 0.0}]
+    algorithm = plan.search.spec.algorithm
     free = algorithm.startup if algorithm.name in ("tpe", "nsga2") else proposals.planned
-    wanted = min(10, free) * plan.search.spec.seeds if number is None else number - plain
-    for count in range(wanted):
+    for count in range(min(10, free) * plan.search.spec.seeds):
         if isinstance(proposals.suggest(str(count)), str):
             break
     return ledger.where(lambda trial: True), proposals.planned
-
-
-def _any_figure(plan: Plan) -> dict[str, float]:
-    constraint = plan.search.spec.constraint
-    return {} if constraint is None else {constraint.metric: 0.0}

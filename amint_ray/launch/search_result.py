@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from amint_ray.config.load import to_yaml
-from amint_ray.config.search import Paper
+from amint_ray.config.search_schema import Paper
 from amint_ray.contracts import SearchWatcher, leaves
 from amint_ray.evaluation.importance import importance
 from amint_ray.evaluation.objectives import front_axes

@@ -19,7 +19,7 @@ from ray import tune
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from amint_ray.config.schema import Config
-from amint_ray.config.search import Constraint, Objective
+from amint_ray.config.search_schema import Constraint, Objective
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
 from amint_ray.launch.fit import DivergedError, Job, fit
 from amint_ray.model.joint import plan_architecture
@@ -70,9 +70,10 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     """Train one configuration, and report each look at its figures to Tune.
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
-    others), `violation`, `figures` (flat, by name), `entries` (those of the epochs since the last
-    report, for MLflow), `training` (its name), `perturbed` (the values of those keys) and
-    `notices`. A trial that cannot succeed reports `failed`, and why, and is not tried again.
+    others; of a plain model there is none), `violation`, `figures` (flat, by name), `entries`
+    (those of the epochs since the last report, for MLflow), `training` (its name), `perturbed` (the
+    values of those keys) and `notices`. A trial that cannot succeed reports `failed`, and why, and
+    is not tried again.
 
     Args:
         config: Tune's name for what it hands a trial; `proposal` has what `Proposals` made.
@@ -161,7 +162,7 @@ class _Reporter:
                 self._given.objectives[0],
                 self._given.constraint,
                 figures,
-                plain=self._proposal["plain"].get(str(self._epoch)),
+                plain=plain_at(self._proposal["plain"], self._epoch),
             ),
             "figures": figures,
             "training": self._run_name,
@@ -170,6 +171,8 @@ class _Reporter:
             "notices": self._notices,
         }
         self._entries, self._notices = [], []
+        if self._proposal["baseline"]:
+            del report["score"]  # by which the scheduler would compare it with the trials
         every = self._given.hand_over
         if every and self._epoch % every == 0:
             self._hand_over(report)
@@ -235,6 +238,16 @@ def judged(
         return {"score": -(_INFEASIBLE**2), "violation": violation}
     score = value if objective.mode == "max" else -value
     return {"score": score - penalty(violation), "violation": violation}
+
+
+def plain_at(curve: Mapping[str, float], epoch: int) -> float | None:
+    """What the plain models had at their last look up to an epoch, or at their first.
+
+    A trial whose configuration has other epochs than theirs is looked at when they were not.
+    """
+    looks = [int(look) for look in curve]
+    before = [look for look in looks if look <= epoch]
+    return curve[str(max(before) if before else min(looks))] if looks else None
 
 
 def penalty(violation: float | None) -> float:

@@ -1,0 +1,194 @@
+"""How a trial's looks are judged, and which trials ASHA stops for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from launch.searches import ACCURACY, AUC, ask, ledger_in, place, play, proposing, searched
+from ray import tune
+
+from amint_ray.config.search import Search
+from amint_ray.config.search_schema import Constraint, Objective
+from amint_ray.launch import trial as trials
+from amint_ray.launch.children import Children, Where
+from amint_ray.launch.follower import Follower, create_scheduler
+from amint_ray.launch.ledger import Ledger, TrialRecord
+from amint_ray.launch.trial import Given, judged, plain_at
+
+AT_LEAST = Constraint(metric=ACCURACY, at_least=0.5)
+BELOW = Constraint(metric=ACCURACY, most_below_plain=0.1)
+
+
+def score(value: float, accuracy: float, plain: float | None = None, *, mode: str = "max") -> float:
+    found: float = judged(
+        Objective(metric=AUC, mode=mode),  # type: ignore[arg-type]
+        AT_LEAST if plain is None else BELOW,
+        {AUC: value, ACCURACY: accuracy},
+        plain=plain,
+    )["score"]
+    return found
+
+
+def test_what_breaks_the_constraint_is_behind_all_that_keeps_it() -> None:
+    kept = [score(0.01, 0.5), score(0.5, 0.5), score(0.6, 0.99), score(0.9, 0.7)]
+    broken = [score(0.99, 0.1), score(0.2, 0.4), score(0.99, 0.49), score(0.99, 0.4999)]
+    unknown = judged(Objective(metric=AUC), None, {ACCURACY: 1.0}, plain=None)["score"]
+    assert [unknown, *broken, *kept] == sorted([unknown, *broken, *kept])
+    assert kept == [0.01, 0.5, 0.6, 0.9]
+    assert score(0.9, 0.41, plain=0.5) == 0.9
+    assert score(0.9, 0.39, plain=0.5) < score(0.1, 0.41, plain=0.5)
+
+
+def test_less_is_better_where_it_is() -> None:
+    assert score(0.3, 0.6, mode="min") == -0.3
+    assert score(0.1, 0.4, mode="min") < score(0.9, 0.6, mode="min") < score(0.3, 0.6, mode="min")
+
+
+def test_a_figure_that_is_missing() -> None:
+    lost = judged(Objective(metric=AUC), AT_LEAST, {ACCURACY: 0.25}, plain=None)
+    assert lost["violation"] == 0.25
+    assert lost["score"] < score(0.0, 0.0)
+    without = judged(Objective(metric=AUC), AT_LEAST, {AUC: 0.5}, plain=None)
+    assert without == {"score": 0.5, "violation": None}
+    assert judged(Objective(metric=AUC), BELOW, {AUC: 0.5, ACCURACY: 0.5}, plain=None) == without
+
+
+def test_the_plain_model_is_asked_for_what_it_had_by_then() -> None:
+    curve = {"3": 0.5, "6": 0.6, "8": 0.7}
+    assert [plain_at(curve, epoch) for epoch in (2, 3, 5, 6, 8, 90)] == [
+        0.5,
+        0.5,
+        0.5,
+        0.6,
+        0.7,
+        0.7,
+    ]
+    assert plain_at({}, 3) is None
+
+
+def reports(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, baseline: bool
+) -> list[dict[str, Any]]:
+    """What a trial tells Tune of five epochs, of which every second is looked at."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", told.append)
+    given = Given(
+        name="search",
+        data={},
+        manifest="",
+        classes=10,
+        runs=place(folder),
+        workers=1,
+        use_gpu=False,
+        sign="",
+        objectives=[Objective(metric=AUC)],
+        constraint=BELOW,
+    )
+    arguments = {"id": "t", "baseline": baseline, "plain": {} if baseline else {"2": 0.9, "5": 0.8}}
+    reporter = trials._Reporter(given, arguments, "search-t")
+    reporter.notice("slow")
+    for epoch in (1, 2, 2, 3, 4, 5):  # one that is tried again begins where it was
+        looked = {"selection." + AUC: 0.5 + epoch / 10, "selection." + ACCURACY: 0.6}
+        if baseline:
+            looked.pop("selection." + AUC)
+        entry = {"epoch": epoch, "train/lr": 0.1, **(looked if epoch in (2, 4, 5) else {})}
+        reporter.hear({"phase": "epoch", **entry})
+        reporter.hear({"phase": "step", "epoch": epoch + 1})
+    return told
+
+
+def test_a_trial_reports_its_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = reports(monkeypatch, tmp_path, baseline=False)
+    assert [report["epoch"] for report in told] == [2, 4, 5]
+    assert [report["violation"] for report in told] == pytest.approx([0.2, 0.2, 0.1])
+    assert [report["score"] for report in told] == pytest.approx(
+        [0.7 - 1.2e6, 0.9 - 1.2e6, 1.0 - 1.1e6]
+    )
+    assert told[0]["figures"] == {AUC: 0.7, ACCURACY: 0.6}
+    assert told[0]["entry"]["train/lr"] == 0.1
+    assert [report["notices"] for report in told] == [["slow"], [], []]
+
+
+def test_the_plain_model_has_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = reports(monkeypatch, tmp_path, baseline=True)
+    assert [report["epoch"] for report in told] == [2, 4, 5]
+    assert all("score" not in report for report in told)
+    assert [report["violation"] for report in told] == [None] * 3
+
+
+EPOCHS = (3, 6, 9, 12, 27)
+
+
+def scheduler(search: Search, ledger: Ledger, folder: Path) -> Any:
+    where = Where("", "", "mine", folder, place(folder), {}, {})
+    follower = Follower(
+        ledger, Children(where, ledger), proposing(search, ledger), lambda trial: search.base
+    )
+    return create_scheduler(search, follower)
+
+
+def look(
+    search: Search, asha: Any, trial: TrialRecord, epoch: int, figures: dict[str, float]
+) -> Any:
+    """The scheduler's word on a look, as a trial reports it."""
+    told = judged(search.spec.objective[0], search.spec.constraint, figures, plain=None)
+    if trial.baseline:
+        del told["score"]
+    tuned = tune.experiment.Trial("stub", trial_id=trial.id, stub=True)
+    return asha.on_trial_result(None, tuned, {"epoch": epoch, **told}), told["violation"]
+
+
+def test_asha_that_was_rebuilt_stops_whom_it_would_have_stopped(tmp_path: Path) -> None:
+    search = searched(
+        tmp_path, constraint={"metric": ACCURACY, "at_least": 0.5}, scheduler={"grace": 3}
+    )
+    ledger, random = ledger_in(tmp_path), np.random.default_rng(0)
+    whole = scheduler(search, ledger, tmp_path)
+    proposals = proposing(search, ledger)
+
+    def run(schedulers: list[Any], trial: TrialRecord) -> list[tuple[int, str]]:
+        """The epoch at which each ends the trial, which goes on until all have."""
+        ended: list[tuple[int, str]] = []
+        base, accuracy = random.random(), 0.4 + 0.5 * random.random()
+        for each in schedulers:
+            each.on_trial_add(None, tune.experiment.Trial("stub", trial_id=trial.id, stub=True))
+        looks = {}
+        for epoch in EPOCHS:
+            figures = {AUC: base + epoch / 100 + random.normal() / 20, ACCURACY: accuracy}
+            words = {look(search, each, trial, epoch, figures) for each in schedulers}
+            assert len(words) == 1, (trial.id, epoch, words)
+            ((word, violation),) = words
+            looks[epoch] = {"auc": figures[AUC], "accuracy": accuracy}
+            ended.append((epoch, word))
+            if word == "STOP":
+                break
+        state: Any = "stopped" if ended[-1][1] == "STOP" else "done"
+        if len(schedulers) == 1:
+            play(ledger, proposals, trial.id, looks, state, violation)
+        return ended
+
+    for number in range(2):  # which ASHA would take for the worst of all
+        plain = TrialRecord(f"plain-{number}", -1, 0, {}, {}, baseline=True)
+        ledger.add(plain)
+        assert run([whole], plain)[-1] == (27, "CONTINUE")
+    first = [run([whole], ledger.trials[str(ask(proposals))]) for _ in range(12)]
+    assert {trial[-1][0] for trial in first} == {3, 9, 27}
+
+    again = scheduler(search, ledger_in(tmp_path), tmp_path)
+    rungs = [rung for rung in whole._brackets[0]._rungs if rung[1]]
+    assert rungs == [rung for rung in again._brackets[0]._rungs if rung[1]]
+    assert [(epoch, len(recorded)) for epoch, recorded in rungs][-1] == (3, 12)
+    second = [run([whole, again], TrialRecord(f"new{n}", n, 0, {}, {})) for n in range(12)]
+    assert {trial[-1][0] for trial in second} >= {3, 9}
+
+
+def test_a_trial_may_have_more_epochs_than_the_recipe(tmp_path: Path) -> None:
+    search = searched(tmp_path, space={"train.epochs": {"randint": [2, 60]}})
+    asha = scheduler(search, Ledger(None), tmp_path)
+    only = TrialRecord("t0000", 0, 0, {}, {})
+    asha.on_trial_add(None, tune.experiment.Trial("stub", trial_id=only.id, stub=True))
+    words = [look(search, asha, only, epoch, {AUC: 0.5})[0] for epoch in range(1, 61)]
+    assert set(words) == {"CONTINUE"}

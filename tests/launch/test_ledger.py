@@ -1,0 +1,99 @@
+"""What is known of trials: taken in once, kept, and read again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from launch.searches import AUC, ledger_in, measured, place
+
+from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
+
+
+def record(identity: str = "t0000", configuration: int = 0) -> TrialRecord:
+    return TrialRecord(identity, configuration, 7, {"mint.taps": '["a"]'}, {"mint.taps": ["a"]})
+
+
+def test_a_look_is_taken_in_once() -> None:
+    trial = record()
+    trial.looked(2, {**measured(auc=0.7), "no_interval": 3.0}, None)
+    trial.looked(4, measured(auc=0.8), 0.25)
+    told = asdict(trial)
+    for epoch in (4, 2):  # a trial that is tried again repeats what it said
+        trial.looked(epoch, measured(auc=0.1), None)
+    assert asdict(trial) == told
+    assert (trial.epoch, trial.violation) == (4, 0.25)
+    assert trial.figures == {AUC: {"value": 0.8, "low": 0.79, "high": 0.81}}
+    assert trial.history == [{"epoch": 2, AUC: 0.7}, {"epoch": 4, AUC: 0.8, "violation": 0.25}]
+
+
+def test_what_ended_has_ended(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    ledger.add(record())
+    ledger.begin("t0000")
+    assert not ledger.trials["t0000"].ended
+    ledger.end("t0000", "failed", "no memory")
+    seconds = ledger.trials["t0000"].seconds
+    ledger.end("t0000", "done")
+    ended = ledger.trials["t0000"]
+    assert (ended.state, ended.reason, ended.tries) == ("failed", "no memory", 1)
+    assert ended.seconds == seconds > 0
+
+
+def test_a_trial_that_is_tried_again_counts_tries_and_seconds() -> None:
+    ledger = Ledger(None)
+    ledger.add(record())
+    for _ in range(2):
+        ledger.begin("t0000")
+    assert ledger.trials["t0000"].seconds == 0
+    (running,) = ledger.documents()
+    assert running["seconds"] > 0
+    assert running["tries"] == 2
+
+
+def test_another_driver_reads_what_was_written(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    for number in (1, 0):
+        ledger.add(record(f"t000{number}", number))
+    ledger.begin("t0001")
+    with ledger.changing("t0001") as changed:
+        changed.looked(3, measured(auc=0.8), 0.5)
+        changed.run_id = "abc"
+    ledger.end("t0001", "stopped", "no time left")
+    again = ledger_in(tmp_path)
+    assert again.trials == ledger.trials
+    assert again.documents() == ledger.documents()
+    assert [found.id for found in again.where(lambda t: True)] == ["t0000", "t0001"]
+    assert [found.id for found in again.where(lambda t: t.ended)] == ["t0001"]
+
+
+def test_a_file_that_was_cut_is_forgotten(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    for number in range(3):
+        ledger.add(record(f"t000{number}", number))
+    whole = (tmp_path / "trials/t0001.json").read_bytes()
+    (tmp_path / "trials/t0001.json").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "trials/t0002.json").write_bytes(b"")
+    assert set(ledger_in(tmp_path).trials) == {"t0000"}
+
+
+def test_a_folder_that_is_not_there_has_no_trials(tmp_path: Path) -> None:
+    ledger = Ledger(place(tmp_path).below("none"))
+    ledger.load()
+    assert ledger.documents() == []
+
+
+@pytest.mark.parametrize(
+    ("reasons", "told"),
+    [
+        (["a", "b\nat line 3", "b\nat line 3"], "b"),
+        (["b", "a", "b", "a"], "b"),
+        ([None, "a", None], "unknown"),
+    ],
+)
+def test_the_common_reason(reasons: list[str | None], told: str) -> None:
+    failed = [record(f"t{number}") for number in range(len(reasons))]
+    for trial, reason in zip(failed, reasons, strict=True):
+        trial.reason = reason
+    assert common_reason(failed) == told
