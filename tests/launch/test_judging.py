@@ -108,7 +108,9 @@ def test_a_trial_reports_its_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         [0.7 - 1.2e6, 0.9 - 1.2e6, 1.0 - 1.1e6]
     )
     assert told[0]["figures"] == {AUC: 0.7, ACCURACY: 0.6}
-    assert told[0]["entry"]["train/lr"] == 0.1
+    epochs = [[entry["epoch"] for entry in report["entries"]] for report in told]
+    assert epochs == [[1, 2], [3, 4], [5]]
+    assert {entry["train/lr"] for report in told for entry in report["entries"]} == {0.1}
     assert [report["notices"] for report in told] == [["slow"], [], []]
 
 
