@@ -77,7 +77,7 @@ def play(
     """Let a trial have these figures by epoch, and end."""
     ledger.begin(trial)
     for epoch, figures in looks.items():
-        with ledger.changing(trial, keep=False) as record:
+        with ledger.changing(trial) as record:
             record.looked(epoch, measured(**figures), violation)
     ledger.end(trial, state, "broke" if state == "failed" else None)
     proposals.learn(trial)

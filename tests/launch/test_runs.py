@@ -116,7 +116,7 @@ def test_a_look_that_took_long_proves_nothing(
         time.sleep(seconds)
         return {"digits-1": beat}
 
-    monkeypatch.setattr(runs, "_beats", beats)
+    monkeypatch.setattr(runs, "beats", beats)
     assert find_unfinished(CONFIG, storage, Silent()) is None
     assert next(looks, None) is None
 
