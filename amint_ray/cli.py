@@ -119,7 +119,8 @@ def tune(
     """Search over configurations on Ray Tune, and train the winner again.
 
     KEY is one of the search file (`budget.trials=8`) or of the configuration, for all trials
-    (`data.path=FOLDER`). Where the same search was cut off, it goes on. For instance: amint tune
+    (`data.path=FOLDER`). Trials are compared on half of calibration, never on test. Where the same
+    search was cut off, it goes on. docs/search.md explains the file. For instance: amint tune
     tune_configs/digits.yaml
     """
     from amint_ray.config.search import load_search

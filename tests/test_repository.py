@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from amint_ray.config.load import load_config, recipe_names
+from amint_ray.config.search import load_search
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,9 @@ def test_constraints_pin_versions_and_hold_no_address() -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/:@]+( ; .+)?", line), line
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/search.md"]
+)
 def test_links_and_paths_in_the_documentation_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -40,6 +43,24 @@ def test_commands_in_the_readme_take_their_arguments() -> None:
         rest = words[1] if len(words) > 1 else ""
         overrides = [o.strip("'") for o in re.findall(r"'[^']+'|\S+=\S+", rest)]
         load_config(words[0], overrides)
+
+
+def test_searches_in_the_documentation_take_their_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n".join((ROOT / page).read_text() for page in ("README.md", "infra/README.md"))
+    explained = (ROOT / "docs/search.md").read_text()
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"amint tune (\w\S*\.yaml) *([^#\n]*)", text)
+    assert len(commands) >= 5
+    asked = {(Path(file).name, *re.findall(r"\S+=\S+", rest)) for file, rest in commands}
+    for file, *overrides in asked:
+        load_search(f"tune_configs/{file}", overrides)
+    for shipped in (ROOT / "tune_configs").iterdir():
+        assert f"`{shipped.name}`" in explained
+    (example,) = re.findall(r"```yaml\n(.*?)```", explained, re.DOTALL)
+    (tmp_path / "example.yaml").write_text(example)
+    load_search(str(tmp_path / "example.yaml"))
 
 
 def test_what_is_sent_as_a_job_may_take_its_time_to_stop() -> None:

@@ -1,9 +1,14 @@
-"""`docs/config.md`, written from the schema: `python -m amint_ray.config.reference`."""
+"""The keys' pages, written from the schemas.
+
+`python -m amint_ray.config.reference` gives docs/config.md; with `search` behind it,
+docs/search_keys.md.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import sys
 from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -11,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from amint_ray.config.schema import Config
+from amint_ray.config.search_schema import SearchSpec
 
 _HEAD = """# Configuration
 
@@ -20,31 +26,61 @@ A run is decided by a recipe (`amint train --help` names them) or a YAML file of
 by `key.path=value` overrides. `amint config RECIPE [overrides]` prints the result. A file may begin
 with `extends: RECIPE` (or a file, or a list of them) and give only what differs.
 """
+_SEARCH_HEAD = """# Keys of a search file
+
+Written by `make docs` from `amint_ray/config/search_schema.py`; edit the docstrings there.
+[search.md](search.md) says how they work together.
+
+A file may begin with `extends: FILE` and give only what differs. Any key can be set on the command
+line, for instance `budget.trials=8`. A key that is none of these is one of the configuration
+([config.md](config.md)), for all trials.
+"""
 
 
 def reference() -> str:
-    """The whole page as Markdown."""
+    """All keys of the configuration, as Markdown."""
     return "\n".join([_HEAD, *_section(Config, "")]) + "\n"
 
 
-def _section(section: type[BaseModel], prefix: str) -> list[str]:
+def search_reference() -> str:
+    """All keys of a search file, as Markdown."""
+    return "\n".join([_SEARCH_HEAD, *_section(SearchSpec, "")]) + "\n"
+
+
+def _section(section: type[BaseModel], prefix: str, said: str = "") -> list[str]:
+    """A heading, what the section is, a table of its keys, and the sections below.
+
+    Args:
+        section: its schema.
+        prefix: of its keys, with a dot at the end.
+        said: of this use of it.
+    """
     lines = [f"## `{prefix.rstrip('.')}`" if prefix else "## Top level", ""]
-    lines += [_one_line(inspect.getdoc(section) or ""), ""]
-    nested: list[tuple[type[BaseModel], str]] = []
+    lines += [f"{_one_line(inspect.getdoc(section) or '')} {said}".rstrip(), ""]
+    nested: list[tuple[type[BaseModel], str, str]] = []
     rows: list[str] = []
     for name, field in section.model_fields.items():
-        model = field.annotation
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            nested.append((model, f"{prefix}{name}."))
-            continue
-        default = json.dumps(_plain(field.get_default(call_default_factory=True)))
         meaning = _one_line(field.description or "")
-        rows.append(f"| `{prefix}{name}` | {_type(field)} | `{default}` | {meaning} |")
+        default = "must be given"
+        if not field.is_required():
+            default = f"`{json.dumps(_plain(field.get_default(call_default_factory=True)))}`"
+        if (model := _model_of(field.annotation)) is not None:
+            of_it = "" if model is field.annotation else f"{meaning} Default: {default}."
+            nested.append((model, f"{prefix}{name}.", of_it))
+            continue
+        rows.append(f"| `{prefix}{name}` | {_type(field)} | {default} | {meaning} |")
     if rows:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
-    for model, below in nested:
-        lines += _section(model, below)
+    for model, below, of_it in nested:
+        lines += _section(model, below, of_it)
     return lines
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: one, none or one, or several."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in get_args(annotation) if (m := _model_of(a)) is not None), None)
 
 
 def _type(field: FieldInfo) -> str:
@@ -54,7 +90,8 @@ def _type(field: FieldInfo) -> str:
         for kind, sign in ((Ge, "≥"), (Gt, ">"), (Le, "≤"), (Lt, "<")):
             if isinstance(bound, kind):
                 value = getattr(bound, kind.__name__.lower())
-                text += f", {sign} {value:g}" if abs(value) < 2**53 else ""
+                shown = str(value) if isinstance(value, int) else f"{value:g}"
+                text += f", {sign} {shown}" if abs(value) < 2**53 else ""
     return text
 
 
@@ -82,7 +119,9 @@ def _type_name(annotation: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def _one_line(text: str) -> str:
@@ -90,4 +129,4 @@ def _one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(search_reference() if sys.argv[1:] == ["search"] else reference(), end="")

@@ -169,7 +169,7 @@ class SearchSpec(Section):
     variables: dict[str, Any] = Field(default_factory=dict)
     """For `${variables.NAME}` elsewhere in the file, to be set on the command line."""
     space: dict[str, Any]
-    """What may vary; see the top of config/space.py."""
+    """What may vary; docs/search.md has the notation."""
     objective: Annotated[
         tuple[Objective, ...],
         Field(strict=False, min_length=1, max_length=3),
@@ -178,7 +178,7 @@ class SearchSpec(Section):
     """One to three of them; with several, the winner is the one of their Pareto front that is
     nearest to the best of each."""
     constraint: Constraint | None = None
-    """What a winner must keep."""
+    """null: any may win."""
     algorithm: Algorithm = Algorithm()
     scheduler: Scheduler = Scheduler()
     budget: Budget = Budget()

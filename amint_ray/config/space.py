@@ -1,14 +1,16 @@
 """A search space: what each key of the configuration may be, and drawing from it.
 
-loss.lambda_mint: {loguniform: [1.0e-3, 10]}    # uniform, likewise
-mint.hidden: {randint: [32, 256]}               # both ends are possible
-mint.taps: {choice: [entry, middle, output]}    # a list of any values
-mint.taps: {modules: 2}                         # any two modules that can be tapped
-mint.head: conv                                 # anything else: the same in all trials
-placement:                                      # a name of the user's: one of several branches
-branches:
-entry: {mint.taps: entry, mint.hidden: {randint: [32, 64]}}
-output: {mint.taps: output}
+In a search file it is written so (docs/search.md explains it):
+
+    loss.lambda_mint: {loguniform: [1.0e-3, 10]}    # uniform, likewise
+    mint.hidden: {randint: [32, 256]}               # both ends are possible
+    mint.taps: {choice: [entry, middle, output]}    # a list of any values
+    mint.taps: {modules: 2}                         # any two modules that can be tapped
+    mint.head: conv                                 # anything else: the same in all trials
+    placement:                                      # a name of the user's: one of several branches
+      branches:
+        entry: {mint.taps: entry, mint.hidden: {randint: [32, 64]}}
+        output: {mint.taps: output}
 """
 
 from __future__ import annotations

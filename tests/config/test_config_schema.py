@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from amint_ray.config import reference
 from amint_ray.config.load import fingerprint, load_config
 from amint_ray.config.schema import Config
+from amint_ray.config.search_schema import SearchSpec
 
 LEFT_OUT = ("cluster", "storage", "tracking", "data.path", "data.memory_gib", "data.readers")
 LEFT_OUT += ("data.timeout_seconds", "data.external.path")
@@ -98,6 +100,18 @@ def test_written_reference_is_up_to_date_and_complete() -> None:
     for key in fields():
         assert f"| `{key}` |" in page
     stored = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+    assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
+
+
+def test_written_reference_of_search_files_is_up_to_date_and_complete() -> None:
+    page = reference.search_reference()
+    schema = SearchSpec.model_json_schema()
+    inner = {name.lower(): sorted(s["properties"]) for name, s in schema["$defs"].items()}
+    assert "objective" in inner and "paper" in inner
+    keys = {f"{section}.{name}" for section, names in inner.items() for name in names}
+    for key in keys | set(schema["properties"]) - set(inner):
+        assert re.search(rf"^\| `{key}` \| .+ \| .+ \| \S.+ \|$", page, re.MULTILINE), key
+    stored = Path(__file__).resolve().parents[2] / "docs" / "search_keys.md"
     assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
 
 
