@@ -53,7 +53,7 @@ def proposing(search: Search, ledger: Ledger) -> Proposals:
 def ask(proposals: Proposals) -> str | None:
     """Id of the trial that is proposed; `FINISHED`; None: not yet."""
     proposed = proposals.suggest("Tune's name of it")
-    return proposed["id"] if isinstance(proposed, dict) else proposed
+    return proposed["proposal"]["id"] if isinstance(proposed, dict) else proposed
 
 
 def measured(**values: float) -> dict[str, float]:

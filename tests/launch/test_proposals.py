@@ -61,8 +61,7 @@ def test_the_configuration_is_what_tune_gets(tmp_path: Path) -> None:
         return search.config(trial.settings, seed=trial.seed)
 
     proposals = Proposals(search, search.space, ledger, configure)
-    first, second = proposals.suggest("a"), proposals.suggest("b")
-    assert isinstance(first, dict) and isinstance(second, dict)
+    (first, second) = (proposals.suggest(name)["proposal"] for name in "ab")
     trial = ledger.trials["t0000"]
     assert trial.epochs == 6
     assert (first["id"], first["invalid"], first["baseline"]) == ("t0000", None, False)
@@ -81,8 +80,7 @@ def test_plain_models_come_first_and_the_others_wait(tmp_path: Path) -> None:
     play(ledger, proposals, "plain-0", {2: {"accuracy": 0.5}, 4: {"accuracy": 0.75}})
     assert ask(proposals) is None
     play(ledger, proposals, "plain-1", {2: {"accuracy": 0.7}, 4: {"accuracy": 0.85}})
-    first = proposals.suggest("a")
-    assert isinstance(first, dict)
+    first = proposals.suggest("a")["proposal"]
     assert first["id"] == "t0000"
     assert first["plain"] == pytest.approx({"2": 0.6, "4": 0.8})
     again = proposing(search, ledger)
