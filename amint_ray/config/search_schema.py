@@ -102,6 +102,10 @@ class Scheduler(Section):
     """One in so many goes on at each rung; each rung has so many times the epochs of the last."""
 
 
+TRIALS_BY_DEFAULT = 16
+"""Configurations, but of a grid."""
+
+
 class Budget(Section):
     """How much may be spent."""
 

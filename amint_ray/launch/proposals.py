@@ -20,12 +20,12 @@ from ray.tune.search import Searcher
 from amint_ray.config.points import grid
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
+from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
 from amint_ray.config.space import Settings, Space, draw
 from amint_ray.contracts import UserError, first_line
 from amint_ray.launch.ledger import Ledger, TrialRecord
 
 _CONSTRAINT = "constraint"
-_TRIALS_BY_DEFAULT = 16
 
 
 class Proposals(Searcher):  # type: ignore[misc]
@@ -96,7 +96,7 @@ class Proposals(Searcher):  # type: ignore[misc]
     def _configurations(self) -> int:
         asked = self._search.spec.budget.trials
         if self._grid is None:
-            return asked or _TRIALS_BY_DEFAULT
+            return asked or TRIALS_BY_DEFAULT
         return min(asked or len(self._grid), len(self._grid))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:

@@ -38,6 +38,7 @@ class SearchRecord:
         seconds: that drivers of it spent on its trials.
         attempts: how often it was begun or gone on with.
         ended: whether it is done, final trainings and all.
+        spent: the budget and the final trainings that it was done with.
         document: what it gave then.
     """
 
@@ -49,6 +50,7 @@ class SearchRecord:
     seconds: float = 0.0
     attempts: int = 0
     ended: bool = False
+    spent: dict[str, Any] = field(default_factory=dict)
     document: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,8 +149,14 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
             f"search: another process is at work on {place.uri}; wait until it has ended, or stop "
             "it first"
         )
-    attempts = record.attempts + (not record.ended)
-    return SearchFolder(place, replace(record, attempts=attempts))
+    ended = record.ended and record.spent == spent(search)
+    attempts = record.attempts + (not ended)
+    return SearchFolder(place, replace(record, ended=ended, attempts=attempts))
+
+
+def spent(search: Search) -> dict[str, Any]:
+    """What a search that is done may go on with more of."""
+    return search.spec.model_dump(mode="json", include={"budget", "final"})
 
 
 def _differing(record: SearchRecord, search: Search) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from amint_ray.config.schema import Cluster, Config
 from amint_ray.config.search import Search
+from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
 from amint_ray.contracts import RunError, SearchWatcher, UserError, first_line
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
@@ -22,7 +23,7 @@ from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
 from amint_ray.launch.prepare import Prepared, check, prepare, settle_streams, share, worker_rows
 from amint_ray.launch.recording import Recording, data_tags, dataset_fields
 from amint_ray.launch.room import Machine, machines_of_cluster, plan_workers, room_on, wait_for_room
-from amint_ray.launch.search_folder import SearchFolder, open_search
+from amint_ray.launch.search_folder import SearchFolder, open_search, spent
 from amint_ray.launch.search_plan import (
     Plan,
     base_of,
@@ -128,7 +129,7 @@ def run_search(
             document = conclude(
                 plan, prepared, folder, ledger, parent, watcher, verbose=verbose, tags=tags
             )
-    folder.note(ended=True, document=document)
+    folder.note(ended=True, spent=spent(search), document=document)
     return document
 
 
@@ -201,7 +202,17 @@ def _room(plan: Plan, prepared: Prepared, watcher: SearchWatcher, *, joined: boo
         watcher.notice(
             f"budget.concurrent = {asked}: the cluster has room for {most} trials at a time"
         )
-    return Room(workers, use_gpu, min(asked or most, most))
+    concurrent = min(asked or most, most)
+    spec = plan.search.spec
+    population = spec.budget.trials or TRIALS_BY_DEFAULT
+    if spec.algorithm.name == "pbt" and population > concurrent:
+        # Those that wait for room would begin when the others are done, and exchange nothing.
+        raise UserError(
+            f"search: budget.trials = {population}: a population must run all at a time, "
+            f"and there is room for {concurrent} trials (budget.concurrent, cluster.workers); ask "
+            "for a smaller one"
+        )
+    return Room(workers, use_gpu, concurrent)
 
 
 def _trials_at_a_time(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from amint_ray.config.load import fingerprint
 from amint_ray.config.schema import Config
 from amint_ray.contracts import SearchWatcher, leaves
 from amint_ray.evaluation.objectives import HEADLINE
@@ -107,11 +108,12 @@ def _documents(
     """A training from scratch for each seed; those that are done already are not repeated."""
     found = []
     for place, seed in enumerate(seeds):
-        name = f"{what}-{seed}"
+        config = final_config(plan, settings, seed=seed)
+        # With a larger budget, the search may go on to find another winner.
+        name = f"{what}-{seed}-{fingerprint(config)}"
         document = folder.final(name)
         if document is None:
             watcher.notice(f"training the {what} from scratch: seed {seed}")
-            config = final_config(plan, settings, seed=seed)
             tracking = config.tracking.model_copy(update={"parent_run": parent.run_id or None})
             document = run_training(
                 config.model_copy(update={"tracking": tracking}),
