@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Watcher
+from amint_ray.contracts import Watcher, first_line
 from amint_ray.launch.ledger import Ledger, State
 from amint_ray.launch.recording import Recording, open_records
 from amint_ray.launch.records import RunRecords
 from amint_ray.storage import Location
-from amint_ray.tracking.run_log import OpenedRun, Status, find_tagged, run_of
+from amint_ray.tracking.run_log import OpenedRun, Status, run_of, runs_below
+from amint_ray.tracking.spool import find_spools
+from amint_ray.tracking.sync import sync
 
-TRIAL = "amint.trial"
+TRIAL, STATE = "amint.trial", "amint.trial_state"
+"""Tags: which trial of a search, and how it ended."""
 _STATUS: dict[State, Status] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _SECONDS_TO_MARK = 30.0
 
@@ -57,6 +60,35 @@ class Children:
         self._ending: dict[str, Recording] = {}
         self._killed = False
 
+    def catch_up(self, watcher: Watcher) -> None:
+        """Do what an earlier driver, which was killed, had no time to do.
+
+        Records of ended trials are sent; a run that was not told how its trial ended is told; and
+        one that was opened, and is not in the ledger yet, is taken down.
+        """
+        from mlflow import MlflowClient  # seconds
+
+        where = self._where
+        trials = self._ledger.where(lambda trial: trial.tries > 0)
+        if not where.parent or not trials:
+            return
+        folders = [where.spool / f"{where.search}-{trial.id}" for trial in trials if trial.ended]
+        try:
+            if waiting := [folder for folder in folders if find_spools(folder)]:
+                sync(waiting, watcher)
+            known = runs_below(where.uri, where.parent, TRIAL)
+            client = MlflowClient(where.uri)
+            for trial in trials:
+                run_id, status = known.get(trial.id, (None, None))
+                if trial.ended and run_id is not None and status == "RUNNING":
+                    client.set_tag(run_id, STATE, trial.state)
+                    client.set_terminated(run_id, _STATUS[trial.state])
+                elif trial.run_id is None and run_id is not None:
+                    with self._ledger.changing(trial.id) as record:
+                        record.run_id = run_id
+        except Exception as error:  # MLflow's own, the network's; the search does not need it
+            watcher.notice(f"MLflow was not told how all trials ended: {first_line(error)}")
+
     def begin(self, trial: str, config: Config) -> None:
         """Open a trial's run, or go on with it."""
         if self._killed or not self._where.parent or trial in self._open:
@@ -69,9 +101,6 @@ class Children:
         where, record = self._where, self._ledger.trials[trial]
         tags = {**where.tags, TRIAL: trial, "amint.configuration": str(record.configuration)}
         tracking = config.tracking.model_copy(update={"parent_run": where.parent})
-        resume = record.run_id
-        if resume is None and record.tries > 1:  # a driver may have been killed before it noted it
-            resume = find_tagged(where.uri, parent=where.parent, tag=(TRIAL, trial))
 
         def opened(run: OpenedRun) -> None:
             with self._ledger.changing(trial) as changing:
@@ -85,7 +114,7 @@ class Children:
             files=where.files.below(name),
             spool=where.spool / name,
             dataset=where.dataset,
-            resume=resume,
+            resume=record.run_id,
             tags=tags,
             opened=opened,
         )
@@ -99,7 +128,7 @@ class Children:
         """Mark how a trial ended."""
         if (run := self._open.pop(trial, None)) is None:
             return
-        tags = {"amint.trial_state": state} | ({} if reason is None else {"amint.reason": reason})
+        tags = {STATE: state} | ({} if reason is None else {"amint.reason": reason})
         run.end(_STATUS[state], tags)
         self._ending[trial] = run
 
@@ -139,7 +168,7 @@ class Children:
         """Mark all that are under way as killed; from now on none is begun."""
         self._killed = True
         for trial, run in list(self._open.items()):
-            run.end("KILLED", {"amint.trial_state": "killed"})
+            run.end("KILLED", {STATE: "killed"})
             self._ending[trial] = self._open.pop(trial)
         number = len(self._ending)
         deadline = time.monotonic() + _SECONDS_TO_MARK

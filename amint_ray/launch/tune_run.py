@@ -278,6 +278,7 @@ def _search(
         },
     )
     children = Children(where, ledger)
+    children.catch_up(watcher)
 
     def configure(trial: TrialRecord) -> Config:
         return plan.trial(trial, prepared.config)

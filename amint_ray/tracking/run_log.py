@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("amint-ray", "ray", "torch", "torchvision", "timm", "mlflow", "numpy", "pyarrow")
 _LONGEST_PARAM = 6000
 _SECONDS_TO_ANSWER = 5.0
+_MOST_RUNS = 10_000
 _OTHER_STORES = ("postgresql", "mysql", "mssql", "databricks")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -293,13 +294,13 @@ def _find(client: MlflowClient, run_id: str) -> OpenedRun | None:
     )
 
 
-def find_tagged(uri: str, *, parent: str, tag: tuple[str, str]) -> str | None:
-    """Id of the run below another that has a tag; None where there is none.
+def runs_below(uri: str, parent: str, tag: str) -> dict[str, tuple[str, str]]:
+    """The runs below another that have a tag: id and status by the tag's value.
 
     Args:
         uri: of the server or database.
         parent: id of the other run.
-        tag: its name and value.
+        tag: its name.
     """
     import mlflow
 
@@ -307,10 +308,14 @@ def find_tagged(uri: str, *, parent: str, tag: tuple[str, str]) -> str | None:
     client = mlflow.MlflowClient(uri)
     found = client.search_runs(
         [client.get_run(parent).info.experiment_id],
-        f"tags.mlflow.parentRunId = '{parent}' and tags.`{tag[0]}` = '{tag[1]}'",
-        max_results=1,
+        f"tags.mlflow.parentRunId = '{parent}'",
+        max_results=_MOST_RUNS,
     )
-    return found[0].info.run_id if found else None
+    return {
+        run.data.tags[tag]: (run.info.run_id, run.info.status)
+        for run in found
+        if tag in run.data.tags
+    }
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
