@@ -119,7 +119,6 @@ def test_another_search_has_the_folder(tmp_path: Path, capfd: pytest.CaptureFixt
     (kept / "searches/mine/search.json").write_text(json.dumps(record))
     text = complaint(capfd, file(tmp_path), f"storage.path={kept}")
     assert f"{kept}/searches/mine belongs to another search" in text
-    assert complaint(capfd, file(tmp_path), f"storage.path={kept}", "--new") == "Ray would start"
 
 
 def test_a_search_that_is_done_gives_what_it_gave(
