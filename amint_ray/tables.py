@@ -22,8 +22,9 @@ def print_document(
     if as_json:
         json.dump(document, stdout, indent=2)
         stdout.write("\n")
-        return
-    show(document, Console(file=stdout, width=None if stdout.isatty() else 120))
+    else:
+        show(document, Console(file=stdout, width=None if stdout.isatty() else 120))
+    stdout.flush()  # nobody closes it: something that was caught may hold this frame for long
 
 
 def print_result(document: Mapping[str, Any], console: Console) -> None:

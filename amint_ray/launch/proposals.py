@@ -74,11 +74,15 @@ class Proposals(Searcher):  # type: ignore[misc]
     @property
     def left(self) -> bool:
         """Whether there is anything to be run."""
-        if self._unbegun:
+        new = self._next < self._configurations
+        return not self._in_vain and bool(self._unbegun or self._interrupted or self._seeds or new)
+
+    @property
+    def _in_vain(self) -> bool:
+        """Whether there is no plain model to judge trials by, and will be none."""
+        if any(trial.state == "failed" for trial in self._plain):
             return True
-        if self._plain and not self._curve():
-            return False
-        return bool(self._interrupted or self._seeds or self._next < self._configurations)
+        return bool(self._plain) and all(t.ended for t in self._plain) and not self._curve()
 
     def _plain_trials(self) -> list[TrialRecord]:
         """The plain models that the constraint refers to, as they are in the ledger."""
@@ -105,14 +109,12 @@ class Proposals(Searcher):  # type: ignore[misc]
         None while the plain models are trained: trials are judged by them. The end where one of
         them failed, or nothing is known of any.
         """
-        if any(trial.state == "failed" for trial in self._plain):
+        if self._in_vain:
             return str(Searcher.FINISHED)
         if self._unbegun:
             return self._begun(self._unbegun.pop(0))
         if not all(trial.ended for trial in self._plain):
             return None
-        if self._plain and not self._curve():
-            return str(Searcher.FINISHED)
         if self._interrupted:
             return self._begun(self._interrupted.pop(0))
         if not self._seeds:

@@ -216,7 +216,8 @@ def first_trials(plan: Plan) -> tuple[list[TrialRecord], int]:
             record.history = [{"epoch": 0.0, constraint.metric: 0.0}]
     algorithm = plan.search.spec.algorithm
     free = algorithm.startup if algorithm.name in ("tpe", "nsga2") else proposals.planned
-    for count in range(min(10, free) * plan.search.spec.seeds):
+    shown = len(ledger.trials) + min(10, free) * plan.search.spec.seeds
+    for count in range(shown):
         if isinstance(proposals.suggest(str(count)), str):
             break
     return ledger.where(lambda trial: True), proposals.planned
