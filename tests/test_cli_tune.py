@@ -125,6 +125,7 @@ def test_a_search_that_is_done_gives_what_it_gave(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from amint_ray.config.search import identity, load_search, search_fingerprint
+    from amint_ray.launch.search_folder import spent
 
     kept = tmp_path / "kept"
     search = load_search(file(tmp_path), [f"storage.path={kept}"])
@@ -133,6 +134,7 @@ def test_a_search_that_is_done_gives_what_it_gave(
         "name": "mine-1",
         "fingerprint": search_fingerprint(search),
         "ended": True,
+        "spent": spent(search),
         "identity": identity(search),
         "document": {"best": {"configuration": 3}},
     }

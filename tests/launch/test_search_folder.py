@@ -11,7 +11,7 @@ from launch.silent import Silent
 from amint_ray.config.search import search_fingerprint
 from amint_ray.contracts import UserError
 from amint_ray.launch import runs
-from amint_ray.launch.search_folder import SearchFolder, open_search
+from amint_ray.launch.search_folder import SearchFolder, open_search, spent
 from amint_ray.storage import Location, locate
 
 
@@ -51,10 +51,18 @@ def test_the_same_search_goes_on(tmp_path: Path, storage: Location) -> None:
         assert again.record.attempts == attempts
     assert (again.record.name, again.record.run_id) == (first.record.name, "abc")
     assert again.record.seconds == 9.0
-    again.note(ended=True, document={"best": {"id": 3}})
-    done = open_search(searched(tmp_path), storage, Silent(), new=False)
-    assert (done.record.ended, done.record.document) == (True, {"best": {"id": 3}})
-    assert done.record.attempts == 3
+
+
+def test_a_search_that_is_done_goes_on_if_more_may_be_spent(
+    tmp_path: Path, storage: Location
+) -> None:
+    search = searched(tmp_path)
+    begun(tmp_path, storage).note(ended=True, spent=spent(search), document={"best": {"id": 3}})
+    done = open_search(search, storage, Silent(), new=False).record
+    assert (done.ended, done.attempts, done.document) == (True, 1, {"best": {"id": 3}})
+    for more in ("budget.trials=99", "final.seeds=5"):
+        on = open_search(searched(tmp_path, more), storage, Silent(), new=False).record
+        assert (on.name, on.ended, on.attempts) == (done.name, False, 2)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +126,7 @@ def test_a_search_whose_driver_lives_is_not_taken_over(tmp_path: Path, storage: 
     watcher = Silent()
     assert open_search(searched(tmp_path), storage, watcher, new=False).record.attempts == 2
     assert watcher.phases == ["looking whether driver is still running"]
-    first.note(ended=True)
+    first.note(ended=True, spent=spent(searched(tmp_path)))
     with first.alive():  # what is done is only looked at
         assert open_search(searched(tmp_path), storage, Silent(), new=False).record.ended
 
