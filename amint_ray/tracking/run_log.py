@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _PACKAGES = ("amint-ray", "ray", "torch", "torchvision", "timm", "mlflow", "numpy", "pyarrow")
 _LONGEST_PARAM = 6000
 _SECONDS_TO_ANSWER = 5.0
-_MOST_RUNS = 10_000
 _OTHER_STORES = ("postgresql", "mysql", "mssql", "databricks")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -306,11 +305,8 @@ def runs_below(uri: str, parent: str, tag: str) -> dict[str, tuple[str, str]]:
 
     be_brief()
     client = mlflow.MlflowClient(uri)
-    found = client.search_runs(
-        [client.get_run(parent).info.experiment_id],
-        f"tags.mlflow.parentRunId = '{parent}'",
-        max_results=_MOST_RUNS,
-    )
+    experiment, below = client.get_run(parent).info.experiment_id, f"= '{parent}'"
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId {below}", max_results=10_000)
     return {
         run.data.tags[tag]: (run.info.run_id, run.info.status)
         for run in found
