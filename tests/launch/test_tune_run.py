@@ -31,7 +31,7 @@ space:
   loss.lambda_mint: {loguniform: [0.01, 3.0]}
 constraint: {metric: task.accuracy, most_below_plain: 0.5}
 scheduler: {name: asha, grace: 3, reduction: 3}
-budget: {trials: 4}
+budget: {trials: 3}
 report_every: 3
 final: {seeds: 2}
 """
@@ -67,7 +67,7 @@ def test_what_ended_before_the_driver_was_killed_is_not_repeated(
 ) -> None:
     _, document, (before, second) = searched
     trials = {trial["id"]: trial for trial in document["trials"]}
-    assert sorted(trials) == ["plain-0", "t0000", "t0001", "t0002", "t0003"]
+    assert sorted(trials) == ["plain-0", "t0000", "t0001", "t0002"]
     for name, trial in before.items():
         assert trials[name] == trial
     assert all(trial["tries"] <= 2 for trial in trials.values())
@@ -84,7 +84,7 @@ def test_a_trial_that_was_stopped_early_is_marked_and_the_others_ran_to_their_en
         assert looks == list(range(3, trial["epoch"] + 1, 3))
         assert (trial["epoch"] == EPOCHS) == (trial["state"] == "done")
     assert document["counts"]["failed"] == 0
-    assert document["counts"]["done"] + document["counts"]["stopped"] == 4
+    assert document["counts"]["done"] + document["counts"]["stopped"] == 3
     assert document["counts"]["done"] >= 1
 
 
