@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SEARCH = """
 recipe: digits
 settings:
-  train.epochs: 12
+  train.epochs: 16
   train.schedule: constant
   data.confounder_check: false
   cluster.workers: 2
@@ -77,7 +77,7 @@ def test_a_population_that_was_stopped_leaves_nothing_running_and_goes_on(
     (tmp_path / "population.yaml").write_text(SEARCH)
     arguments = ["tune", "population.yaml", "storage.path=s3://amint/runs"]
     first = Command(tmp_path, arguments, environment=stack.environment)
-    first.wait_until(lambda: len(found := looks(monkeypatch, stack)) == 2 and min(found) >= 2)
+    first.wait_until(lambda: max(looks(monkeypatch, stack), default=0) >= 5)
     first.interrupt(signal.SIGINT)
     assert first.wait() == 128 + signal.SIGINT
     assert "2 MLflow runs of trials are marked KILLED" in first.stderr
