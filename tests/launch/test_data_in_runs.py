@@ -1,96 +1,136 @@
-"""Runs on streamed, damaged and confounded data: real Ray, real S3, real MLflow."""
+"""Runs on streamed and damaged data: real Ray, real S3, real MLflow with a password."""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
+import mlflow
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from launch.commands import Command
-from PIL import Image
-from sklearn.datasets import load_digits
+from launch.pictures import SHARES, SMALL, digits, hub_file, png
+from mlflow import MlflowClient
+from tracking.mlflow_server import MlflowServer
 
-from amint_ray.config.data_schema import Shares
-from amint_ray.contracts import Role
+import amint_ray
+from amint_ray.config.load import load_config
+from amint_ray.contracts import UserError
 from amint_ray.data.roles import Manifest, content_hash, role_of
 from amint_ray.evaluation.scores import read_scores
+from amint_ray.tracking.run_log import open_run
 from infra.local.object_store import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SHARES = Shares(member=0.3, withheld=0.1, external=0.2, calibration=0.1, test=0.3)
-SMALL = ["data.image_size=8", "data.channels=1", "train.batch_size=32"]
-SMALL += [f"data.shares={SHARES.model_dump_json()}"]
+
+ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "p@ss word: ü"}
 
 
-def hub_file(path: Path, images: list[bytes], labels: list[int]) -> None:
-    cells = [{"bytes": image, "path": None} for image in images]
-    pq.write_table(pa.table({"image": cells, "label": labels}), path, row_group_size=100)
+@dataclass
+class Streamed:
+    """A finished run on 800 digits in an S3 bucket, of which two are damaged.
 
+    Attributes:
+        command: `amint train`, which is done.
+        document: what it printed.
+        environment: of whoever may ask the MLflow that it told, which wants a password and keeps
+            artifacts in S3 without handing them on.
+    """
 
-def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    command: Command
+    document: dict[str, Any]
+    environment: dict[str, str]
 
+    @contextlib.contextmanager
+    def mlflow(self) -> Iterator[MlflowClient]:
+        """MLflow's client, which is let in."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            yield MlflowClient(self.environment["MLFLOW_TRACKING_URI"])
 
-def digits() -> tuple[list[npt.NDArray[np.uint8]], list[int]]:
-    found = load_digits()
-    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    return list(pixels), found.target.tolist()
-
-
-def artifact(command: Command, name: str) -> Path:
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{command.folder / 'mlflow.db'}")
-    return Path(client.download_artifacts(command.document()["run_id"], name))
+    def artifact(self, name: str) -> Path:
+        with self.mlflow() as client:
+            return Path(client.download_artifacts(self.document["run_id"], name))
 
 
 @pytest.fixture(scope="module")
-def streamed(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """A finished run on 800 digits in an S3 bucket, of which two are damaged."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    config = folder / "auth.ini"
+    config.write_text(
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"
+        f"database_uri = sqlite:///{folder / 'users.db'}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    started = MlflowServer(
+        folder,
+        *("--app-name", "basic-auth", "--no-serve-artifacts"),
+        *("--default-artifact-root", "s3://direct/artifacts"),
+        environment={
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN["MLFLOW_TRACKING_PASSWORD"],
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test alone",
+        },
+    )
+    try:
+        started.start()
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture(scope="module")
+def streamed(
+    object_store: ObjectStore, server: MlflowServer, tmp_path_factory: pytest.TempPathFactory
+) -> Streamed:
     folder = tmp_path_factory.mktemp("streamed")
     (folder / "tmp").mkdir()
     pixels, labels = digits()
     images = [png(p) for p in pixels[:800]]
     images[17], images[170] = images[17][:60], b"no picture"
     hub_file(folder / "train-0.parquet", images, labels[:800])
+    environment = {"MLFLOW_TRACKING_URI": server.uri, **object_store.environment, **ADMIN}
+    for bucket in ("digits", "direct"):
+        object_store.make_bucket(bucket)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in object_store.environment.items():
             patch.setenv(name, value)
-        object_store.make_bucket("digits")
         boto3.session.Session().client("s3").upload_file(
             str(folder / "train-0.parquet"), "digits", "a/train-0.parquet"
         )
-        command = Command(
-            folder,
-            [
-                *("train", "digits", "data.source=parquet", "data.path=s3://digits/a"),
-                *("data.mode=streamed", "data.max_bad_fraction=0.01", "train.epochs=3"),
-                *("train.checkpoint_steps=5", *SMALL, "--json"),
-            ],
-            # Of its own: other tests kill processes that leave theirs behind. Ray's sockets need a
-            # short path.
-            environment={"TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": tempfile.gettempdir()},
-        )
-        command.document()
-    return command
+    command = Command(
+        folder,
+        [
+            *("train", "digits", "data.source=parquet", "data.path=s3://digits/a"),
+            *("data.mode=streamed", "data.max_bad_fraction=0.01", "train.epochs=3"),
+            *("train.checkpoint_steps=5", *SMALL, "--json"),
+        ],
+        # A folder of its own: other tests kill processes that leave theirs behind. Ray's sockets
+        # need a short path.
+        environment={
+            **environment,
+            "TMPDIR": str(folder / "tmp"),
+            "RAY_TMPDIR": tempfile.gettempdir(),
+        },
+    )
+    return Streamed(command, command.document(), environment)
 
 
-def test_streamed_run_ends_as_any_run_does(streamed: Command) -> None:
-    document = streamed.document()
+def test_streamed_run_ends_as_any_run_does(streamed: Streamed) -> None:
+    document = streamed.document
     assert document["data"] == {"source": "parquet", "mode": "streamed"}
     assert document["workers"] == 2
     assert sum(document["counts"].values()) == 798
-    table = read_scores(artifact(streamed, "scores.parquet"))
-    manifest = Manifest.read(artifact(streamed, "manifest.parquet"))
+    table = read_scores(streamed.artifact("scores.parquet"))
+    manifest = Manifest.read(streamed.artifact("manifest.parquet"))
     assert sorted(table.sample_id.tolist()) == sorted(manifest.sample_id.tolist())
     assert manifest.fingerprint == document["manifest_fingerprint"]
     roles = dict(zip(manifest.sample_id.tolist(), manifest.role.tolist(), strict=True))
@@ -108,26 +148,44 @@ def test_streamed_run_ends_as_any_run_does(streamed: Command) -> None:
         assert label == labels[row]
 
 
-def test_what_cannot_be_used_is_listed_with_the_run(streamed: Command) -> None:
-    assert streamed.document()["quarantined"] == 2
-    rows = pq.read_table(artifact(streamed, "quarantine.parquet")).to_pylist()
+def test_what_cannot_be_used_is_listed_with_the_run(streamed: Streamed) -> None:
+    assert streamed.document["quarantined"] == 2
+    rows = pq.read_table(streamed.artifact("quarantine.parquet")).to_pylist()
     reasons = {row["sample_id"]: row["reason"] for row in rows}
     assert set(reasons) == {"train-0.parquet#17", "train-0.parquet#170"}
     assert "not an image" in reasons["train-0.parquet#170"]
-    assert "2 of 800 cannot be used and are quarantined" in streamed.stderr
+    assert "2 of 800 cannot be used and are quarantined" in streamed.command.stderr
 
 
-def test_a_random_split_of_digits_is_not_called_confounded(streamed: Command) -> None:
-    found = streamed.document()["confounders"]
+def test_a_random_split_of_digits_is_not_called_confounded(streamed: Streamed) -> None:
+    found = streamed.document["confounders"]
     assert found["clean"] is True
     assert set(found["comparisons"]) == {"member_vs_test", "external_vs_test"}
-    assert "WARNING" not in streamed.stderr
+    assert "WARNING" not in streamed.command.stderr
 
 
-def test_nothing_is_left_of_a_streamed_run(streamed: Command) -> None:
-    assert streamed.leftovers() == []
-    left = [path.name for path in (streamed.folder / "tmp").iterdir()]
+def test_nothing_is_left_of_a_streamed_run(streamed: Streamed) -> None:
+    assert streamed.command.leftovers() == []
+    left = [path.name for path in (streamed.command.folder / "tmp").iterdir()]
     assert [name for name in left if name.startswith(("pymp-", "amint-"))] == []
+
+
+def test_with_a_password_and_artifacts_that_go_to_s3_directly(
+    streamed: Streamed, server: MlflowServer, object_store: ObjectStore
+) -> None:
+    with pytest.raises(UserError, match="takes no run") as refused:
+        open_run(server.uri, load_config("digits"), run_name="nobody", tags={})
+    assert "\n" not in str(refused.value)
+    printed = streamed.command.stderr + streamed.command.stdout
+    assert ADMIN["MLFLOW_TRACKING_PASSWORD"] not in printed
+    assert list((object_store.folder / "buckets/direct/artifacts").rglob("scores.parquet"))
+    with streamed.mlflow() as client:
+        run = client.get_run(streamed.document["run_id"])
+        assert run.info.status == "FINISHED"
+        assert run.info.artifact_uri.startswith("s3://direct/artifacts/")
+        mlflow.set_tracking_uri(server.uri)
+        model = amint_ray.load(streamed.document["model_uri"])
+    assert len(model.preprocessing.class_names) == 10
 
 
 def test_a_run_that_loses_too_much_ends_once_and_for_all(tmp_path: Path) -> None:
@@ -143,6 +201,7 @@ def test_a_run_that_loses_too_much_ends_once_and_for_all(tmp_path: Path) -> None
             *("train", "digits", "data.source=folder", "data.path=digits", *SMALL),
             *("data.mode=streamed", "data.max_bad_fraction=0.1", "train.epochs=1000"),
             *("train.checkpoint_steps=5", "cluster.max_failures=3", "--json"),
+            *("data.confounder_check=false", "tracking.enabled=false"),
         ],
     )
     command.wait_until(lambda: bool(list(tmp_path.glob("amint_runs/*/checkpoint_*/state.json"))))
@@ -155,39 +214,3 @@ def test_a_run_that_loses_too_much_ends_once_and_for_all(tmp_path: Path) -> None
     assert "Traceback" not in command.stderr
     assert command.stdout == ""
     assert command.leftovers() == []
-
-
-def test_a_planted_confounder_is_told_loudly(tmp_path: Path) -> None:
-    """Members that are brighter by one grey level; the roles follow from what is stored."""
-    kept: list[npt.NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for pixels, label in zip(*digits(), strict=True):
-        brighter = np.minimum(pixels.astype(int) + 1, 255).astype(np.uint8)
-        for candidate in (brighter, pixels):
-            rgb = np.repeat(candidate[:, :, None], 3, axis=2)
-            is_member = role_of(content_hash(rgb), SHARES, 0) is Role.MEMBER
-            if is_member == (candidate is brighter):
-                kept.append(candidate)
-                labels.append(label)
-                break
-    hub_file(tmp_path / "train-0.parquet", [png(p) for p in kept], labels)
-    command = Command(
-        tmp_path,
-        [
-            "train",
-            "digits",
-            "data.source=parquet",
-            "data.path=.",
-            "train.epochs=1",
-            *SMALL,
-            "cluster.workers=1",
-        ],
-    )
-    assert command.wait() == 0, command.stderr
-    assert "WARNING: the split is confounded" in command.stderr
-    assert "member from test" in command.stderr
-    assert "CONFOUNDED, trust no membership figure" in command.stdout
-    import mlflow
-
-    (run,) = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
-    assert run.data.tags["amint.confounded"] == "true"

@@ -10,13 +10,16 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import psutil
 import pytest
 from launch.commands import Command, on_own_disk, train_workers
 
+import amint_ray
 from infra.local.stack import LocalStack
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -29,19 +32,22 @@ IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}  # a minute by defau
 ONCE = list(range(1, EPOCHS + 1))
 
 
-def check_steps(uri: str, run_id: str, *, lost: int = 0) -> None:
+def steps_told(client: mlflow.MlflowClient, run_id: str) -> list[int]:
+    """The steps of which MLflow knows the losses."""
+    return [point.step for point in client.get_metric_history(run_id, "step/task_loss")]
+
+
+def check_steps(client: mlflow.MlflowClient, run_id: str, *, lost: int = 0) -> None:
     """Every step's losses are there once, but for those that a killed driver had not told."""
-    history = mlflow.MlflowClient(uri).get_metric_history(run_id, "step/task_loss")
-    steps = [point.step for point in history]
+    steps = steps_told(client, run_id)
     assert steps == sorted(set(steps))
     assert steps[-1] % EPOCHS == 0
     assert steps[-1] - len(steps) <= lost
 
 
-def told(uri: str, run_id: str) -> list[int]:
+def told(client: mlflow.MlflowClient, run_id: str) -> list[int]:
     """The steps at which MLflow was told of an epoch."""
-    history = mlflow.MlflowClient(uri).get_metric_history(run_id, "train/task_loss")
-    return [point.step for point in history]
+    return [point.step for point in client.get_metric_history(run_id, "train/task_loss")]
 
 
 def weights(folder: Path) -> bytes:
@@ -50,19 +56,55 @@ def weights(folder: Path) -> bytes:
     return newest.with_name("model.safetensors").read_bytes()
 
 
+# The disk is full until the ballast goes. A few KiB are
+# left: Python takes another folder for temporary files if it can write nothing at all.
+BALLAST = 'dd if=/dev/zero of="$0/ballast" bs=1k count=16320 2>&-'
+
+
+@dataclass(frozen=True)
+class WithoutKills:
+    """A run that is never begun again: it tells no MLflow, and keeps its best checkpoints.
+
+    Attributes:
+        disk: where its temporary files go, which is full at first; None where nobody may mount one.
+    """
+
+    command: Command
+    document: dict[str, Any]
+    disk: Path | None
+
+    @property
+    def weights(self) -> bytes:
+        return weights(self.command.folder / "amint_runs")
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of a run that nothing happened to; it keeps its best checkpoints."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> WithoutKills:
+    """Of its neighbours only what a full disk costs: checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
+    disk: Path | None = folder / "small disk"
+    disk.mkdir()
+    try:
+        within = on_own_disk(disk, "-o size=16m", BALLAST)
+        environment = {"TMPDIR": str(disk), "RAY_TMPDIR": tempfile.gettempdir()}
+    except pytest.skip.Exception:
+        disk, within, environment = None, (), {}
     best = "storage.keep_best=calibration/task_loss"
-    Command(folder, [*RUN, "cluster.workers=2", best]).document()
-    states = [json.loads(path.read_text()) for path in folder.rglob("checkpoint_*/state.json")]
-    history = max(states, key=lambda state: int(state["epoch"]))["history"]
-    ranked = sorted(history, key=lambda entry: float(entry["calibration/task_loss"]))
-    assert {state["epoch"] for state in states} == {entry["epoch"] for entry in ranked[:2]} | {
-        EPOCHS
-    }
-    return weights(folder / "amint_runs")
+    command = Command(
+        folder,
+        [*RUN, "cluster.workers=2", best, "tracking.enabled=false"],
+        # Nobody would answer there.
+        environment={**environment, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+        within=within,
+    )
+    if disk is not None:
+        command.wait_until(lambda: full(disk) in command.stderr)
+        Path(f"/proc/{command.process.pid}/root{disk}/ballast").unlink()
+    return WithoutKills(command, command.document(), disk)
+
+
+def full(disk: Path) -> str:
+    return f"a checkpoint could not be written to {disk}"
 
 
 @pytest.fixture(scope="module")
@@ -107,37 +149,102 @@ def storage_dies_in_mid_upload(stack: LocalStack, *, seconds: float) -> None:
     stack.object_store.start()
 
 
+def test_a_run_keeps_its_best_checkpoints_and_the_last(undisturbed: WithoutKills) -> None:
+    files = undisturbed.command.folder.rglob("checkpoint_*/state.json")
+    states = [json.loads(path.read_text()) for path in files]
+    history = max(states, key=lambda state: int(state["epoch"]))["history"]
+    assert [entry["epoch"] for entry in history] == ONCE
+    ranked = sorted(history, key=lambda entry: float(entry["calibration/task_loss"]))
+    best = {entry["epoch"] for entry in ranked[:2]}
+    assert {state["epoch"] for state in states} == best | {EPOCHS}
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: WithoutKills) -> None:
+    """The runs below, which had room, end with the same weights."""
+    if undisturbed.disk is None:
+        pytest.skip("this machine lets nobody mount a disk of his own")
+    said = undisturbed.command.stderr
+    assert full(undisturbed.disk) in said
+    assert "No space left on device" in said
+    assert "make room there, or set TMPDIR" in said
+    assert undisturbed.command.leftovers() == []
+
+
+def test_without_mlflow_the_model_lies_beside_the_checkpoints(undisturbed: WithoutKills) -> None:
+    document, where = undisturbed.document, undisturbed.command.folder
+    assert document["run_id"] is None
+    assert document["model_uri"] is None
+    assert document["waiting"] is None
+    folder = where / "amint_runs" / document["run_name"]
+    assert {path.name for path in (folder / "files").iterdir()} >= {"roc.png", "scores.parquet"}
+    model = amint_ray.load(str(folder / "model"))
+    assert document["load"] == f'amint_ray.load("{folder / "model"}")'
+    assert len(model.preprocessing.class_names) == 10
+    assert not (where / "mlflow.db").exists()
+    assert not (where / "mlruns").exists()
+    assert not (where / "amint_runs" / "spool").exists()
+
+
 def test_killed_three_times_and_without_storage_a_run_ends_as_if_nothing_had_happened(
-    stack: LocalStack, undisturbed: bytes, tmp_path: Path
+    stack: LocalStack, undisturbed: WithoutKills, tmp_path: Path
 ) -> None:
-    """Two workers and a node; on object storage, below a name with a space and an umlaut."""
+    """A worker, a node and the driver; on object storage, below a name with a space and an umlaut.
+
+    The same command goes on where the driver was, from the checkpoint before one that was cut.
+    """
     arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/my rüns"]
-    command = Command(tmp_path, arguments, environment={**stack.environment, **IMPATIENT})
+    environment = {**stack.environment, **IMPATIENT}
+    killed = Command(tmp_path, arguments, environment=environment)
     bucket = stack.folder / "s3/buckets/amint/my rüns"
-    for _ in range(2):
+
+    def wait_for_another_checkpoint() -> None:
         seen = newest_checkpoint(bucket)
-        command.wait_until(lambda before=seen: newest_checkpoint(bucket) > before)
-        train_workers(stack.folder)[-1].kill()
-    seen = newest_checkpoint(bucket)
-    command.wait_until(lambda: newest_checkpoint(bucket) > seen)
+        killed.wait_until(lambda: newest_checkpoint(bucket) > seen)
+
+    wait_for_another_checkpoint()
+    train_workers(stack.folder)[-1].kill()
+    wait_for_another_checkpoint()
     for node in ("worker-1", "worker-2"):  # at least one of the two workers is on one of them
         stack.remove_node(node, signal.SIGKILL)
     lacking = "no workers are running; cluster.workers = 2: the cluster has 1 cores and 0 GPUs"
-    command.wait_until(lambda: lacking in command.stderr)
+    killed.wait_until(lambda: lacking in killed.stderr)
     stack.add_node("worker-1")
-    seen = newest_checkpoint(bucket)
-    command.wait_until(lambda: newest_checkpoint(bucket) > seen)
+    wait_for_another_checkpoint()
     storage_dies_in_mid_upload(stack, seconds=30)
+    wait_for_another_checkpoint()
+    (run,) = bucket.glob("digits-*")
+    client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
+    (only,) = client.search_runs(["1"], f"attributes.run_name = '{run.name}'")
+    killed.wait_until(lambda: bool(steps_told(client, only.info.run_id)))
+    steps = steps_told(client, only.info.run_id)
+    assert steps == list(range(1, len(steps) + 1))  # so far nothing is lost or told twice
+    listed = listed_checkpoints(bucket)
+    # At once: with the next one, the older of the two begins to be deleted.
+    killed.wait_until(lambda: len(now := listed_checkpoints(bucket)) == 2 and now != listed)
+    os.kill(killed.process.pid, signal.SIGKILL)
+    killed.process.wait()
+    assert killed.leftovers() == []
+    psutil.wait_procs(train_workers(stack.folder), timeout=60)
+    assert train_workers(stack.folder) == []
+    (newest,) = bucket.rglob(f"{max(listed_checkpoints(bucket))}/optimizer.pt")
+    newest.write_bytes(newest.read_bytes()[:100])
+
+    command = Command(tmp_path, arguments, environment=environment)
     document = command.document()
+    assert f"going on with run {run.name}" in command.stderr
+    assert "optimizer.pt is not as it was written; the one before it is taken" in command.stderr
+    assert document["run_name"] == run.name
+    assert document["resumed"] is True
     assert document["workers"] == 2
     assert command.leftovers() == []
-    assert weights(bucket) == undisturbed
+    assert weights(bucket) == undisturbed.weights
     assert len(list(bucket.rglob("checkpoint_*/state.json"))) == 2
     assert not list((bucket / "unfinished").rglob("*.json"))
-    assert told(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"]) == ONCE
-    check_steps(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"])
-    run = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"]).get_run(document["run_id"])
-    assert run.info.status == "FINISHED"
+    (only,) = client.search_runs(["1"], f"attributes.run_name = '{run.name}'")
+    assert (only.info.run_id, only.info.status) == (document["run_id"], "FINISHED")
+    assert told(client, document["run_id"]) == ONCE
+    # What the killed driver had just taken off the workers may be gone with it.
+    check_steps(client, document["run_id"], lost=40)
 
 
 def test_workers_leave_with_their_node_and_come_back_with_it(
@@ -163,67 +270,9 @@ def test_workers_leave_with_their_node_and_come_back_with_it(
     assert "2 workers go on after epoch" in command.stderr.partition("1 worker goes on")[2]
     assert document["workers"] == 2
     assert command.leftovers() == []
-    uri = stack.environment["MLFLOW_TRACKING_URI"]
-    assert told(uri, document["run_id"]) == ONCE
-    check_steps(uri, document["run_id"])
-    losses = mlflow.MlflowClient(uri).get_metric_history(document["run_id"], "train/task_loss")
+    client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
+    assert told(client, document["run_id"]) == ONCE
+    check_steps(client, document["run_id"])
+    losses = client.get_metric_history(document["run_id"], "train/task_loss")
     assert all(math.isfinite(point.value) for point in losses)
     assert losses[-1].value < 0.1 < losses[0].value
-
-
-# The disk is full until the ballast goes. A few KiB are
-# left: Python takes another folder for temporary files if it can write nothing at all.
-BALLAST = 'dd if=/dev/zero of="$0/ballast" bs=1k count=16320 2>&-'
-
-
-def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: bytes, tmp_path: Path) -> None:
-    disk = tmp_path / "small disk"
-    disk.mkdir()
-    command = Command(
-        tmp_path,
-        [*RUN, "cluster.workers=2"],
-        environment={"TMPDIR": str(disk), "RAY_TMPDIR": tempfile.gettempdir()},
-        within=on_own_disk(disk, "-o size=16m", BALLAST),
-    )
-    said = f"a checkpoint could not be written to {disk}"
-    command.wait_until(lambda: said in command.stderr)
-    Path(f"/proc/{command.process.pid}/root{disk}/ballast").unlink()
-    command.document()
-    assert "No space left on device" in command.stderr
-    assert "make room there, or set TMPDIR" in command.stderr
-    assert weights(tmp_path / "amint_runs") == undisturbed
-    assert command.leftovers() == []
-
-
-def test_the_same_command_goes_on_where_a_killed_driver_was(
-    stack: LocalStack, undisturbed: bytes, tmp_path: Path
-) -> None:
-    """And takes the checkpoint before one that was cut short."""
-    head_and_one_more(stack)
-    arguments = [*RUN, "cluster.workers=2", "storage.path=s3://amint/resumed"]
-    bucket = stack.folder / "s3/buckets/amint/resumed"
-    killed = Command(tmp_path, arguments, environment=stack.environment)
-    killed.wait_until(lambda: len(listed_checkpoints(bucket)) == 2)
-    os.kill(killed.process.pid, signal.SIGKILL)
-    killed.process.wait()
-    assert killed.leftovers() == []
-    psutil.wait_procs(train_workers(stack.folder), timeout=60)
-    assert train_workers(stack.folder) == []
-    (newest,) = bucket.rglob(f"{max(listed_checkpoints(bucket))}/optimizer.pt")
-    newest.write_bytes(newest.read_bytes()[:100])
-    (run,) = bucket.glob("digits-*")
-
-    command = Command(tmp_path, arguments, environment=stack.environment)
-    document = command.document()
-    assert f"going on with run {run.name}" in command.stderr
-    assert "optimizer.pt is not as it was written; the one before it is taken" in command.stderr
-    assert document["run_name"] == run.name
-    assert document["resumed"] is True
-    assert weights(bucket) == undisturbed
-    client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
-    (only,) = client.search_runs(["1"], f"attributes.run_name = '{run.name}'")
-    assert (only.info.run_id, only.info.status) == (document["run_id"], "FINISHED")
-    assert told(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"]) == ONCE
-    # What the killed driver had just taken off the workers may be gone with it.
-    check_steps(stack.environment["MLFLOW_TRACKING_URI"], document["run_id"], lost=40)
-    assert command.leftovers() == []

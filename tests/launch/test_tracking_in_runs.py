@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +12,8 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 from launch.commands import Command
-from tracking.mlflow_server import MlflowServer
 
-import amint_ray
-from amint_ray.config.load import load_config
-from amint_ray.contracts import UserError
-from amint_ray.tracking.run_log import open_run, run_of
-from infra.local.object_store import ObjectStore
+from amint_ray.cli import main
 from infra.local.stack import LocalStack
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -37,26 +29,23 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         yield stack
 
 
-def amint(folder: Path, uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "amint_ray.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "MLFLOW_TRACKING_URI": uri},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_mlflow_is_away_for_a_minute_and_then_for_good(servers: LocalStack, tmp_path: Path) -> None:
+def test_mlflow_is_away_for_a_minute_and_then_for_good(
+    servers: LocalStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     uri = servers.environment["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process keeps its own
     client = mlflow.MlflowClient(uri)
     command = Command(
         tmp_path,
         [
             *("train", "digits", f"train.epochs={EPOCHS}", "train.checkpoint_every=50"),
             *("cluster.workers=1", "data.confounder_check=false", "tracking.wait_seconds=3"),
-            *("tracking.system_seconds=2", "--json"),
+            *("tracking.system_seconds=1", "train.batch_size=120", "--json"),
         ],
         # No S3 keys: artifacts go through MLflow's server.
         environment={"MLFLOW_TRACKING_URI": uri},
@@ -85,13 +74,15 @@ def test_mlflow_is_away_for_a_minute_and_then_for_good(servers: LocalStack, tmp_
         told = epochs()
         servers.kill_mlflow()
         document = command.document()
-        down = amint(tmp_path, uri, "sync")
+        capfd.readouterr()
+        down = main(["sync"])
+        refused = capfd.readouterr().err
     finally:
         command.process.kill()
         servers.start_mlflow()
-    assert down.returncode == 2
-    assert down.stderr.startswith("amint: tracking: no MLflow server answers at")
-    assert down.stderr.count("\n") == 1
+    assert down == 2
+    assert refused.startswith("amint: tracking: no MLflow server answers at")
+    assert refused.count("\n") == 1
     assert told == list(range(1, len(told) + 1))
     assert command.stderr.count("MLflow takes no records") == 2
     assert command.stderr.count("MLflow takes records again") == 1
@@ -102,18 +93,18 @@ def test_mlflow_is_away_for_a_minute_and_then_for_good(servers: LocalStack, tmp_
     assert document["task"]["accuracy"]["value"] > 0.8
     waiting = Path(document["waiting"])
     assert waiting.parent == record / "spool"
-    assert "amint sync" in amint(tmp_path, uri, "sync", "--help").stdout
+    assert main(["sync", "--help"]) == 0
+    assert "amint sync" in capfd.readouterr().out
 
-    done = amint(tmp_path, uri, "sync", "--json")
-    assert done.returncode == 0, done.stderr
-    (synced,) = json.loads(done.stdout)["runs"]
+    assert main(["sync", "--json"]) == 0
+    (synced,) = json.loads(capfd.readouterr().out)["runs"]
     assert synced["left"] == 0
     assert synced["models"] == ["models:/amint-digits/1"]
     assert not waiting.exists()
     check_nothing_is_missing_or_doubled(client, run_id)
     check_completeness(client, run_id, document, tmp_path)
-    again = amint(tmp_path, uri, "sync", "--json")
-    assert json.loads(again.stdout) == {"runs": [], "left": 0}
+    assert main(["sync", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"runs": [], "left": 0}
 
 
 def steps(client: mlflow.MlflowClient, run_id: str, metric: str) -> list[int]:
@@ -156,79 +147,3 @@ def check_completeness(
     assert len(machine) > 10
     assert all(0 <= point.value <= 100 for point in machine)
     assert "system/system_memory_usage_megabytes" in run.data.metrics
-
-
-def test_with_a_password_and_artifacts_that_go_to_s3_directly(
-    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    object_store.make_bucket("direct")
-    admin = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "p@ss word: ü"}
-    config = tmp_path / "auth.ini"
-    config.write_text(
-        "[mlflow]\ndefault_permission = NO_PERMISSIONS\nadmin_username = admin\n"
-        f"database_uri = sqlite:///{tmp_path / 'users.db'}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    server = MlflowServer(
-        tmp_path,
-        *("--app-name", "basic-auth", "--no-serve-artifacts"),
-        *("--default-artifact-root", "s3://direct/artifacts"),
-        environment={
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_AUTH_ADMIN_PASSWORD": admin["MLFLOW_TRACKING_PASSWORD"],
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test alone",
-        },
-    )
-    server.start()
-    # Without its head, too: a model that has none is registered under another name.
-    arguments = ["train", "digits", "train.epochs=1", "cluster.workers=1", "loss.lambda_mint=0"]
-    arguments += ["data.confounder_check=false", "--json"]
-    environment = {"MLFLOW_TRACKING_URI": server.uri, **object_store.environment}
-    try:
-        with pytest.raises(UserError, match="takes no run") as refused:
-            open_run(server.uri, run_of(load_config("digits"), run_name="nobody", tags={}))
-        assert "\n" not in str(refused.value)
-        someone = Command(tmp_path, arguments, environment={**environment, **admin})
-        document = someone.document()
-        assert document["model_uri"] == "models:/amint-digits-plain/1"
-        member = document["membership"]["member"]
-        assert member["auc"]["value"] is None
-        assert "lambda_mint" in member["auc"]["note"]
-        assert document["loss_threshold"]["member"]["auc"]["value"] is not None
-        assert admin["MLFLOW_TRACKING_PASSWORD"] not in someone.stderr + someone.stdout
-        for name, value in {**environment, **admin}.items():
-            monkeypatch.setenv(name, value)
-        client = mlflow.MlflowClient(server.uri)
-        run = client.get_run(document["run_id"])
-        assert run.info.status == "FINISHED"
-        assert run.info.artifact_uri.startswith("s3://direct/artifacts/")
-        assert list((object_store.folder / "buckets/direct/artifacts").rglob("scores.parquet"))
-        mlflow.set_tracking_uri(server.uri)
-        model = amint_ray.load(document["model_uri"])
-        assert len(model.preprocessing.class_names) == 10
-    finally:
-        server.kill()
-
-
-def test_without_mlflow_the_model_lies_beside_the_checkpoints(tmp_path: Path) -> None:
-    command = Command(
-        tmp_path,
-        [
-            *("train", "digits", "train.epochs=2", "cluster.workers=1", "tracking.enabled=false"),
-            *("data.confounder_check=false", "--json"),
-        ],
-        # Nobody would answer there.
-        environment={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
-    )
-    document = command.document()
-    assert document["run_id"] is None
-    assert document["model_uri"] is None
-    assert document["waiting"] is None
-    folder = tmp_path / "amint_runs" / document["run_name"]
-    assert {path.name for path in (folder / "files").iterdir()} >= {"roc.png", "scores.parquet"}
-    model = amint_ray.load(str(folder / "model"))
-    assert document["load"] == f'amint_ray.load("{folder / "model"}")'
-    assert len(model.preprocessing.class_names) == 10
-    assert not (tmp_path / "mlflow.db").exists()
-    assert not (tmp_path / "mlruns").exists()
-    assert not (tmp_path / "amint_runs" / "spool").exists()

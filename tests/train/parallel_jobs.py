@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,28 +232,26 @@ def _jobs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["full disks"] = full_disks(folder / f"full-{world_size}", rank, world_size)
     if world_size == 3:
         sharded_run(folder / "broken", rank, world_size, dies=True)
+        if rank == 0:
+            for fewer in (3, 2, 1):
+                shutil.copytree(folder / "broken", folder / f"broken-{fewer}")
+        distributed.barrier()
+    found["resumed"] = sharded_run(folder / f"broken-{world_size}", rank, world_size)
     return found
 
 
-def _resume(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    return sharded_run(folder / f"broken-{world_size}", rank, world_size)
-
-
-JOBS = {"all": _jobs, "resume": _resume}
-
-
-def main(rank: int, world_size: int, folder: Path, job: str) -> None:
+def main(rank: int, world_size: int, folder: Path) -> None:
+    """A worker's life; the three must have lived before the two do."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # A file to meet at: a port found free may be taken by the time it is used.
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/{job}-meeting-{world_size}",
+        init_method=f"file://{folder}/meeting-{world_size}",
         rank=rank,
         world_size=world_size,
     )
     try:
-        found = JOBS[job](rank, world_size, folder)
-        torch.save(found, folder / f"{job}-{world_size}-{rank}.pt")
+        torch.save(_jobs(rank, world_size, folder), folder / f"{world_size}-{rank}.pt")
     finally:
         distributed.destroy_process_group()

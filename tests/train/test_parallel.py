@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -33,11 +32,11 @@ LIMIT_S = 400.0
 AGAINST_ONE = [name for name in CONFIGS if "float16" not in name]
 
 
-def processes(world_size: int, folder: Path, job: str) -> list[dict[str, Any]]:
+def processes(world_size: int, folder: Path) -> list[dict[str, Any]]:
     """What each of several workers found."""
     spawn = multiprocessing.get_context("spawn")
     workers = [
-        spawn.Process(target=parallel_jobs.main, args=(rank, world_size, folder, job))
+        spawn.Process(target=parallel_jobs.main, args=(rank, world_size, folder))
         for rank in range(world_size)
     ]
     try:
@@ -54,7 +53,7 @@ def processes(world_size: int, folder: Path, job: str) -> list[dict[str, Any]]:
             if worker.pid is not None:
                 worker.kill()
                 worker.join(timeout=10)
-    files = [folder / f"{job}-{world_size}-{rank}.pt" for rank in range(world_size)]
+    files = [folder / f"{world_size}-{rank}.pt" for rank in range(world_size)]
     return [torch.load(file, weights_only=False) for file in files]
 
 
@@ -65,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def several(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    return {world_size: processes(world_size, folder, "all") for world_size in (2, 3)}
+    return {world_size: processes(world_size, folder) for world_size in (3, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -144,23 +143,19 @@ def test_each_worker_has_its_share_of_the_weights(
 
 
 def test_a_sharded_run_goes_on_with_another_number_of_workers(
-    several: dict[int, list[dict[str, Any]]], folder: Path, tmp_path: Path
+    several: dict[int, list[dict[str, Any]]], folder: Path
 ) -> None:
     """Three workers die after two of four epochs; three, two and one go on with what they left."""
-    straight = several[3][0]["straight"]
-    for world_size in (3, 2):
-        shutil.copytree(folder / "broken", folder / f"broken-{world_size}")
-    shutil.copytree(folder / "broken", tmp_path / "broken")
-    left = latest(tmp_path / "broken")
+    straight, again = several[3][0]["straight"], several[3][0]["resumed"]
+    left = latest(folder / "broken")
     assert left is not None and left.name == "checkpoint_1"
     check_checkpoint(left)
-    again = processes(3, folder, "resume")[0]
     assert again["steps"] == [7, 8, 9, 10, 11, 12]
     for key, value in straight["weights"].items():
         assert torch.equal(again["weights"][key], value), key
     assert again["history"] == straight["history"]
-    fewer = processes(2, folder, "resume")[0]
-    one = parallel_jobs.sharded_run(tmp_path / "broken", 0, 1)
+    fewer = several[2][0]["resumed"]
+    one = parallel_jobs.sharded_run(folder / "broken-1", 0, 1)
     for resumed in (fewer, one):
         assert resumed["steps"] == again["steps"]
         for got, expected in zip(resumed["history"], straight["history"], strict=True):
