@@ -156,7 +156,8 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
 
 def spent(search: Search) -> dict[str, Any]:
     """What a search that is done may go on with more of."""
-    return search.spec.model_dump(mode="json", include={"budget": {"trials", "hours"}, "final": True})
+    parts: Any = {"budget": {"trials", "hours"}, "final": True}
+    return search.spec.model_dump(mode="json", include=parts)
 
 
 def _differing(record: SearchRecord, search: Search) -> str:

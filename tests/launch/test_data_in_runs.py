@@ -24,7 +24,7 @@ from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
 from amint_ray.data.roles import Manifest, content_hash, role_of
 from amint_ray.evaluation.scores import read_scores
-from amint_ray.tracking.run_log import open_run
+from amint_ray.tracking.run_log import open_run, run_of
 from infra.local.object_store import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -174,7 +174,7 @@ def test_with_a_password_and_artifacts_that_go_to_s3_directly(
     streamed: Streamed, server: MlflowServer, object_store: ObjectStore
 ) -> None:
     with pytest.raises(UserError, match="takes no run") as refused:
-        open_run(server.uri, load_config("digits"), run_name="nobody", tags={})
+        open_run(server.uri, run_of(load_config("digits"), run_name="nobody", tags={}))
     assert "\n" not in str(refused.value)
     printed = streamed.command.stderr + streamed.command.stdout
     assert ADMIN["MLFLOW_TRACKING_PASSWORD"] not in printed
