@@ -6,6 +6,7 @@ how it ended.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Watcher, first_line
+from amint_ray.contracts import UserError, Watcher, first_line
 from amint_ray.launch.ledger import Ledger, State
 from amint_ray.launch.recording import Recording, open_records
 from amint_ray.launch.records import RunRecords
@@ -26,6 +27,7 @@ TRIAL, STATE = "amint.trial", "amint.trial_state"
 """Tags: which trial of a search, and how it ended."""
 _STATUS: dict[State, Status] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _SECONDS_TO_MARK = 30.0
+_SECONDS_TO_OPEN_AGAIN = 5.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Children:
         self._where, self._ledger = where, ledger
         self._open: dict[str, Recording] = {}
         self._ending: dict[str, Recording] = {}
-        self._killed = False
+        self._enough = threading.Event()
 
     def catch_up(self, watcher: Watcher) -> None:
         """Do what an earlier driver, which was killed, had no time to do.
@@ -91,7 +93,7 @@ class Children:
 
     def begin(self, trial: str, config: Config) -> None:
         """Open a trial's run, or go on with it."""
-        if self._killed or not self._where.parent or trial in self._open:
+        if self._enough.is_set() or not self._where.parent or trial in self._open:
             return
         if (ended := self._ending.pop(trial, None)) is not None:
             ended.waiting()  # closed: one process may have a spool once
@@ -107,17 +109,23 @@ class Children:
                 changing.run_id = run.run_id
 
         name = f"{where.search}-{trial}"
-        return open_records(
-            tracking,
-            run_of(config.model_copy(update={"tracking": tracking}), run_name=name, tags=tags),
-            uri=where.uri,
-            files=where.files.below(name),
-            spool=where.spool / name,
-            dataset=where.dataset,
-            resume=record.run_id,
-            tags=tags,
-            opened=opened,
-        )
+        new = run_of(config.model_copy(update={"tracking": tracking}), run_name=name, tags=tags)
+        while True:
+            try:
+                return open_records(
+                    tracking,
+                    new,
+                    uri=where.uri,
+                    files=where.files.below(name),
+                    spool=where.spool / name,
+                    dataset=where.dataset,
+                    resume=record.run_id,
+                    tags=tags,
+                    opened=opened,
+                )
+            except UserError:  # MLflow is away; runs that were open would not mind either
+                if self._enough.wait(_SECONDS_TO_OPEN_AGAIN):
+                    raise
 
     def hear(self, trial: str, entry: Mapping[str, Any]) -> None:
         """An epoch's entry of a trial."""
@@ -136,13 +144,17 @@ class Children:
         """Forget runs of which all has arrived.
 
         Raises:
-            UserError: a run could not be opened.
             Exception: whatever a record met on its way to the disk.
         """
         for run in (*self._open.values(), *self._ending.values()):
             run.check(watcher)
-        for trial in [trial for trial, run in self._ending.items() if run.arrived()]:
-            del self._ending[trial]
+        self._forget()
+
+    def _forget(self) -> None:
+        # Tune's thread adds others meanwhile.
+        for trial, run in list(self._ending.items()):
+            if run.arrived():
+                del self._ending[trial]
 
     def finish(self, watcher: Watcher, *, wait_seconds: float) -> None:
         """Wait for all to arrive, and say what has not.
@@ -156,25 +168,29 @@ class Children:
             watcher.heartbeat()
             self.check(watcher)
             time.sleep(0.05)
-        left = [folder for run in self._ending.values() if (folder := run.waiting()) is not None]
+        self._enough.set()
+        left = len(self._ending)
+        folders = [found for run in self._ending.values() if (found := run.waiting()) is not None]
         self._ending = {}
-        if left:
+        if folders:
             watcher.notice(
-                f"WARNING: MLflow did not take all records of {len(left)} trials; send what waits "
-                f"with `amint sync {left[0].parent}`"
+                f"WARNING: MLflow did not take all records of {len(folders)} trials; send what "
+                f"waits with `amint sync {folders[0].parent}`"
             )
+        if lost := left - len(folders):
+            watcher.notice(f"WARNING: MLflow took no run for {lost} trials; searches/ has them")
 
     def kill(self, watcher: Watcher) -> None:
         """Mark all that are under way as killed; from now on none is begun."""
-        self._killed = True
-        for trial, run in list(self._open.items()):
-            run.end("KILLED", {STATE: "killed"})
-            self._ending[trial] = self._open.pop(trial)
+        self._enough.set()
+        for trial in list(self._open):
+            if (run := self._open.pop(trial, None)) is not None:
+                run.end("KILLED", {STATE: "killed"})
+                self._ending[trial] = run
         number = len(self._ending)
         deadline = time.monotonic() + _SECONDS_TO_MARK
         while self._ending and time.monotonic() < deadline:
-            for trial in [trial for trial, run in self._ending.items() if run.arrived()]:
-                del self._ending[trial]
+            self._forget()
             time.sleep(0.05)
         if marked := number - len(self._ending):
             watcher.notice(f"{marked} MLflow runs of trials are marked KILLED")

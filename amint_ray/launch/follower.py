@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +49,7 @@ class Settings:
         concurrent: trials at a time.
         name: of Tune's own folder.
         folder: what that lies in.
-        seconds_left: after which all trials are stopped; None: never.
+        deadline: by `time.monotonic`, when all trials are stopped; None: never.
         retries: of a trial that failed.
     """
 
@@ -54,7 +57,7 @@ class Settings:
     concurrent: int
     name: str
     folder: Location
-    seconds_left: float | None
+    deadline: float | None
     retries: int
 
 
@@ -88,6 +91,9 @@ def _tune(
 ) -> None:
     """Run the trials that a searcher proposes, or those that are listed."""
     folder = settings.folder
+    left = None
+    if settings.deadline is not None:
+        left = max(1.0, settings.deadline - time.monotonic())
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, given=given), {"memory": _TRIAL_BYTES}
     )
@@ -99,7 +105,7 @@ def _tune(
             scheduler=scheduler,
             num_samples=1 if listed else settings.planned,
             max_concurrent_trials=settings.concurrent,
-            time_budget_s=settings.seconds_left,
+            time_budget_s=left,
             trial_name_creator=_identity,
             trial_dirname_creator=_identity,
         ),
@@ -156,7 +162,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
         self.ledger = ledger
         self.hopeless = self.closed = False
         self._children, self._proposals, self._configure = children, proposals, configure
-        self._notices: list[str] = []
+        self._notices: SimpleQueue[str] = SimpleQueue()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune stores its callbacks, too; they are never read."""
@@ -164,8 +170,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
 
     def notices(self) -> list[str]:
         """What is to be shown, once."""
-        told, self._notices = self._notices, []
-        return told
+        return [self._notices.get() for _ in range(self._notices.qsize())]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or begins again."""
@@ -190,7 +195,8 @@ class Follower(tune.Callback):  # type: ignore[misc]
             record.looked(result["epoch"], result["figures"], result["violation"])
             record.training = result["training"]
             record.settings |= result["perturbed"]
-        self._notices += [f"{identity}: {text}" for text in result["notices"]]
+        for text in result["notices"]:
+            self._notices.put(f"{identity}: {text}")
         named = {f"perturbed/{key}": value for key, value in result["perturbed"].items()}
         for entry in result["entries"]:
             self._children.hear(identity, {**entry, **named})
@@ -216,12 +222,21 @@ class Follower(tune.Callback):  # type: ignore[misc]
         self.ledger.end(trial, state, reason)
         self._children.end(trial, state, reason)
         self._proposals.learn(trial)
-        failed = self.ledger.where(lambda t: t.state == "failed" and not t.baseline)
-        others = self.ledger.where(lambda t: t.state != "failed" and bool(t.history))
-        alike = len({record.reason for record in failed}) == 1
-        candidates = [record for record in others if not record.baseline]
-        if state == "failed" and len(failed) >= _ENOUGH_FAILURES and alike and not candidates:
-            self.hopeless = True
+        if state == "failed":
+            failed = self.ledger.where(lambda t: t.state == "failed" and not t.baseline)
+            alike = len({_without_names(record.reason or "") for record in failed}) == 1
+            some = self.ledger.where(lambda t: bool(t.history) and not t.baseline)
+            self.hopeless |= len(failed) >= _ENOUGH_FAILURES and alike and not some
+
+    def settle(self) -> None:
+        """End what Tune stopped without a word: its time was up, or nothing could come of it."""
+        for record in self.ledger.where(lambda trial: trial.state == "running"):
+            self._end(record.id, "stopped", "the search ended")
+
+
+def _without_names(reason: str) -> str:
+    """Of actors and the like, which differ from trial to trial."""
+    return re.sub(r"\b[0-9a-f]{8,}\b", "…", reason)
 
 
 def create_scheduler(search: Search, follower: Follower) -> TrialScheduler:

@@ -99,6 +99,8 @@ class Ledger:
     def __init__(self, folder: Location | None) -> None:
         self._folder = folder
         self._lock = threading.RLock()
+        self._writing = threading.RLock()
+        self._unwritten: dict[str, OSError] = {}
         self._started: dict[str, float] = {}
         self.trials: dict[str, TrialRecord] = {}
 
@@ -112,36 +114,33 @@ class Ledger:
         """
         assert self._folder is not None
         for entry in list_files(self._folder, ".json"):
-            with open_input(self._folder, entry.name) as file, contextlib.suppress(ValueError):
+            with (
+                open_input(self._folder, entry.name) as file,
+                contextlib.suppress(ValueError, TypeError),
+            ):
                 record = TrialRecord(**json.loads(file.read()))
                 self.trials[record.id] = record
 
     @contextlib.contextmanager
     def changing(self, trial: str) -> Iterator[TrialRecord]:
-        """A trial, to be changed and then written down.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        with self._lock:
-            record = self.trials[trial]
-            yield record
-            self._write(record)
+        """A trial, to be changed and then written down."""
+        with self._writing:
+            with self._lock:
+                yield self.trials[trial]
+            self._write(trial)
 
     def add(self, record: TrialRecord) -> None:
-        """A new trial.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        with self._lock:
-            self.trials[record.id] = record
-            self._write(record)
+        """A new trial."""
+        with self._writing:
+            with self._lock:
+                self.trials[record.id] = record
+            self._write(record.id)
 
     def begin(self, trial: str) -> None:
         """It runs from now on."""
-        self._started[trial] = time.monotonic()
         with self.changing(trial) as record:
+            record.seconds += self._since(trial)
+            self._started[trial] = time.monotonic()
             record.state, record.reason = "running", None
             record.tries += 1
 
@@ -158,20 +157,52 @@ class Ledger:
         started = self._started.get(trial)
         return 0.0 if started is None else time.monotonic() - started
 
-    def _write(self, record: TrialRecord) -> None:
+    def _write(self, trial: str) -> None:
+        """Write a trial down, or remember that it could not be: storage may be away for a while.
+
+        Others can read meanwhile: a screen must not wait for storage.
+        """
         if self._folder is None:
             return
-        with write_atomically(self._folder, f"{record.id}.json") as file:
-            file.write(json.dumps(asdict(record)).encode())
-
-    def documents(self) -> list[dict[str, Any]]:
-        """All trials as plain dicts, in the order of their ids."""
         with self._lock:
-            found = []
-            for name in sorted(self.trials):
-                record = self.trials[name]
-                found.append({**asdict(record), "seconds": record.seconds + self._since(record.id)})
-            return found
+            text = json.dumps(asdict(self.trials[trial]))
+        try:
+            with write_atomically(self._folder, f"{trial}.json") as file:
+                file.write(text.encode())
+        except OSError as error:
+            self._unwritten[trial] = error
+        else:
+            self._unwritten.pop(trial, None)
+
+    def catch_up(self) -> None:
+        """Write down what could not be.
+
+        Raises:
+            OSError: it still cannot.
+        """
+        with self._writing:
+            for trial in list(self._unwritten):
+                self._write(trial)
+            for error in self._unwritten.values():
+                raise error
+
+    def documents(self, *, history: bool = True) -> list[dict[str, Any]]:
+        """All trials as plain dicts, in the order of their ids.
+
+        Args:
+            history: with their looks, which may be many.
+        """
+        with self._lock:
+            return [
+                {
+                    **vars(record),
+                    "seconds": record.seconds + self._since(name),
+                    "history": list(record.history) if history else [],
+                    "parameters": dict(record.parameters),
+                    "settings": dict(record.settings),
+                }
+                for name, record in sorted(self.trials.items())
+            ]
 
     def where(self, wanted: Callable[[TrialRecord], bool]) -> list[TrialRecord]:
         """Those trials, in the order of their ids; not to be changed."""

@@ -7,7 +7,10 @@ removes a group when both its creator and the job are gone.
 
 from __future__ import annotations
 
+import time
 from typing import Any
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def free_orphans() -> list[str]:
@@ -32,11 +35,21 @@ def free_orphans() -> list[str]:
     return freed
 
 
-def groups_left() -> int:
-    """How many placement groups this job has."""
+def free_all(seconds: float) -> None:
+    """The same until the job has no placement group left, which may take Ray a moment to see.
+
+    Args:
+        seconds: that are waited at most.
+    """
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
-    return sum(group.state != PlacementGroupTableData.REMOVED for group in _groups())
+    deadline = time.monotonic() + seconds
+    while True:
+        free_orphans()
+        left = [group for group in _groups() if group.state != PlacementGroupTableData.REMOVED]
+        if not left or time.monotonic() > deadline:
+            return
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _groups() -> list[Any]:

@@ -162,14 +162,18 @@ class Recording:
         self._tell(tell)
 
     def arrived(self) -> bool:
-        """Whether all that was told has arrived; the run is closed then."""
+        """Whether all that was told has arrived, or never will; the run is closed then."""
         if not self._opening.done() or not all(call.done() for call in self._told):
             return False
+        if self._opening.exception() is not None:
+            return True
         run = self._opening.result()
         return not run.spool.waiting() and run.close()
 
     def waiting(self) -> Path | None:
-        """Where records wait that MLflow did not take; the run is closed."""
+        """Where records wait that MLflow did not take; the run is closed, if it was opened."""
+        if not self._opening.done() or self._opening.exception() is not None:
+            return None
         run = self._opening.result()
         return None if run.close() else run.spool.folder
 

@@ -88,6 +88,9 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
         tune.report({"failed": proposal["invalid"]})
         return
     trained = Config.model_validate(proposal["config"])
+    # Of steps and machines the search is told nothing; Ray would keep it.
+    silent = trained.tracking.model_copy(update={"enabled": False})
+    trained = trained.model_copy(update={"tracking": silent})
     run_name, inherit = _life(given.name, proposal)
     reporter = _Reporter(given, proposal, run_name)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,11 @@ def run_search(
     """
     for name, value in _TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if isinstance(search.base.cluster.workers, tuple):
+        raise UserError(
+            f"search: cluster.workers = {list(search.base.cluster.workers)}: a trial has a fixed "
+            "number of workers, or none could tell how many run at a time; give one number"
+        )
     checked = check(base_of(search), watcher)
     plan = plan_search(search, watcher)
     try:
@@ -114,7 +119,9 @@ def run_search(
         _same_images(folder, prepared)
         room = _room(plan, prepared, watcher, joined=address is not None)
         workers = room.workers if isinstance(room.workers, int) else room.workers[1]
-        prepared = settle_streams(prepared, workers)
+        # Ray's object store then has the images, and this process no more.
+        data, prepared = share(settle_streams(prepared, workers))
+        dataset = None
         ledger = Ledger(folder.trials)
         ledger.load()
         if folder.record.attempts > 1:
@@ -125,7 +132,7 @@ def run_search(
             folder.alive() as sign,
             open_parent(plan, prepared, folder, watcher, tags=tags) as parent,
         ):
-            _search(plan, prepared, folder, ledger, parent, room, watcher, sign=sign.path)
+            _search(plan, prepared, data, folder, ledger, parent, room, watcher, sign=sign.path)
             document = conclude(
                 plan, prepared, folder, ledger, parent, watcher, verbose=verbose, tags=tags
             )
@@ -229,6 +236,7 @@ def _trials_at_a_time(
 def _search(
     plan: Plan,
     prepared: Prepared,
+    data: Mapping[str, Any],
     folder: SearchFolder,
     ledger: Ledger,
     parent: Recording,
@@ -244,13 +252,13 @@ def _search(
         UserError: MLflow takes no run.
     """
     from amint_ray.launch.follower import Follower, Settings, run_tune
-    from amint_ray.launch.orphans import free_orphans
+    from amint_ray.launch.orphans import free_all, free_orphans
+    from amint_ray.launch.progress import Receiver
     from amint_ray.launch.proposals import Proposals
     from amint_ray.launch.trial import Given, remove_trainings
 
     config, spec = prepared.config, plan.search.spec
     population = spec.algorithm.name == "pbt"
-    data, prepared = share(prepared)
     given = Given(
         name=folder.record.name,
         data=data,
@@ -285,27 +293,26 @@ def _search(
 
     proposals = Proposals(plan.search, plan.space, ledger, configure)
     follower = Follower(ledger, children, proposals, configure)
+    left = None if spec.budget.hours is None else 3600 * spec.budget.hours - folder.record.seconds
     settings = Settings(
         planned=proposals.planned,
         concurrent=room.concurrent,
         name=f"tune-{folder.record.attempts}",
         folder=folder.place,
-        seconds_left=None
-        if spec.budget.hours is None
-        else 3600 * spec.budget.hours - folder.record.seconds,
+        deadline=None if left is None else time.monotonic() + left,
         retries=spec.budget.retries,
     )
     objectives = [(objective.metric, objective.mode) for objective in spec.objective]
 
     def show() -> None:
         watcher.trials(
-            ledger.documents(),
+            ledger.documents(history=False),
             objectives=objectives,
             planned=settings.planned,
             concurrent=settings.concurrent,
         )
 
-    if proposals.left and (settings.seconds_left is None or settings.seconds_left > 0):
+    if proposals.left and (left is None or left > 0):
         watcher.phase("searching")
         running = in_thread(lambda: run_tune(plan.search, given, proposals, follower, settings))
         since = shown = time.monotonic()
@@ -322,22 +329,31 @@ def _search(
                     show()
                     shown = now
                 if now - since > _SECONDS_BETWEEN_NOTES:
-                    folder.note(seconds=folder.record.seconds + now - since)
-                    since = now
+                    with contextlib.suppress(OSError):  # storage may be away for a while
+                        ledger.catch_up()
+                        folder.note(seconds=folder.record.seconds + now - since)
+                        since = now
                 time.sleep(_SECONDS_BETWEEN_POLLS)
             running.result()
         except BaseException:
             follower.closed = True
-            children.kill(watcher)
-            # What Tune's thread asks Ray for once that is down would start another Ray.
-            with contextlib.suppress(Exception):
-                running.result(_SECONDS_TO_STOP)
-            free_orphans()
+            try:
+                children.kill(watcher)
+            finally:
+                # What Tune's thread asks Ray for once that is down would start another Ray.
+                with contextlib.suppress(Exception):
+                    running.result(_SECONDS_TO_STOP)
+                free_all(_SECONDS_TO_STOP)
             raise
+        follower.settle()
         folder.note(seconds=folder.record.seconds + time.monotonic() - since)
-        free_orphans()
+        # The winner's trainings want what the last trials had.
+        free_all(_SECONDS_TO_STOP)
         show()
         children.finish(watcher, wait_seconds=config.tracking.wait_seconds)
+    ledger.catch_up()
+    for trial in ledger.where(lambda trial: trial.training is not None):
+        Receiver(str(trial.training)).close()  # what workers sent after their trial was stopped
     _check_outcome(ledger)
     with contextlib.suppress(OSError):  # no reason to fail a search that is done
         for trial in ledger.where(lambda trial: trial.ended):
@@ -356,9 +372,9 @@ def _check_outcome(ledger: Ledger) -> None:
             "search: the plain model (loss.lambda_mint = 0), which the constraint refers to, "
             f"failed: {common_reason(failed)}"
         )
-    candidates = ledger.where(lambda trial: not trial.baseline)
-    failed = [trial for trial in candidates if trial.state == "failed"]
-    if candidates and len(failed) == len(candidates):
+    failed = ledger.where(lambda trial: not trial.baseline and trial.state == "failed")
+    looked = ledger.where(lambda trial: not trial.baseline and bool(trial.history))
+    if failed and not looked:
         raise RunError(
             f"search: all {len(failed)} trials failed, most of them so: {common_reason(failed)}"
         )
