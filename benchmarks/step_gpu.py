@@ -7,6 +7,7 @@ compiled, several batch sizes; the card's own rate is measured on matrix product
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -38,8 +39,9 @@ class Row:
         flop_ratio: likewise, counted.
         over_floor: time_ratio / flop_ratio.
         images_per_second: of D.
-        mfu: counted FLOPs a second over the card's measured rate.
-        peak_gib: of allocated memory; 0 where there is no GPU.
+        mfu: FLOPs a second over the card's measured rate. Counted are both passes, forward and
+            backward, as eager torch runs them, the head's included; a compiled `authors` does more.
+        peak_gib: of allocated memory, weights and optimiser included; 0 where there is no GPU.
     """
 
     placement: str
@@ -91,8 +93,6 @@ def measure(
     flops = {way: count(build(way, architecture, rows, "meta"))[0] for way in ways}
     found: list[Row] = []
     for way in ways:
-        # Or else the second batch size would be compiled for any size, unlike a run's one.
-        torch._dynamo.reset()
         step = build(way, architecture, rows, device, precision=precision, compiled=compiled)
         for _ in range(3):
             step()
@@ -116,7 +116,11 @@ def measure(
             )
         )
         print(f"step_gpu: {json.dumps(asdict(found[-1]))}", file=sys.stderr)
-        del step  # before the next is built
+        # Or else the second batch size would be compiled for any size, unlike a run's one, and the
+        # model, which compiling makes part of a cycle, would count into the next way's memory.
+        del step
+        torch._dynamo.reset()
+        gc.collect()
     return found
 
 
@@ -149,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     dtype = getattr(torch, arguments.precision)
     rate = matmul_rate(arguments.device, dtype, 8192 if arguments.device == "cuda" else 512)
+    print(f"step_gpu: matrix products at {rate / 1e12:.1f} TFLOP/s", file=sys.stderr)
     found: list[Row] = []
     # The others are told in ratios to the audited-only step.
     ways = list(dict.fromkeys(["task", *arguments.ways]))
