@@ -44,11 +44,12 @@ def test_what_ended_has_ended(tmp_path: Path) -> None:
 def test_a_trial_that_is_tried_again_counts_tries_and_seconds() -> None:
     ledger = Ledger(None)
     ledger.add(record())
-    for _ in range(2):
-        ledger.begin("t0000")
+    ledger.begin("t0000")
     assert ledger.trials["t0000"].seconds == 0
+    ledger.begin("t0000")
+    first = ledger.trials["t0000"].seconds
     (running,) = ledger.documents()
-    assert running["seconds"] > 0
+    assert running["seconds"] > first > 0
     assert running["tries"] == 2
 
 
@@ -97,3 +98,18 @@ def test_the_common_reason(reasons: list[str | None], told: str) -> None:
     for trial, reason in zip(failed, reasons, strict=True):
         trial.reason = reason
     assert common_reason(failed) == told
+
+
+def test_a_trial_that_storage_did_not_take_is_written_down_later(tmp_path: Path) -> None:
+    folder = tmp_path / "trials"
+    ledger = Ledger(place(tmp_path))
+    folder.write_text("in the way")  # as good as storage that is away
+    ledger.add(record())
+    ledger.begin("t0000")
+    with pytest.raises(OSError):
+        ledger.catch_up()
+    folder.unlink()
+    ledger.catch_up()
+    again = Ledger(place(tmp_path))
+    again.load()
+    assert again.trials["t0000"].state == "running"
