@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_the_common_reason(reasons: list[str | None], told: str) -> None:
 def test_a_trial_that_storage_did_not_take_is_written_down_later(tmp_path: Path) -> None:
     folder = tmp_path / "trials"
     ledger = Ledger(place(tmp_path))
+    shutil.rmtree(folder, ignore_errors=True)
     folder.write_text("in the way")  # as good as storage that is away
     ledger.add(record())
     ledger.begin("t0000")
