@@ -95,8 +95,11 @@ def connect(address: str | None, *, verbose: bool) -> Iterator[None]:
             os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     level = logging.INFO if verbose else logging.ERROR
-    for name in ("ray", "ray.train", "ray.tune", "ray.data"):
+    for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(level)  # importing Ray set them to INFO
+    # Tune tells of each failure in its own words, and of checkpoints of a population, which it
+    # lists twice, that it cannot delete them twice.
+    logging.getLogger("ray.tune").setLevel(logging.INFO if verbose else logging.CRITICAL)
     options = {"logging_level": level, "log_to_driver": verbose, "configure_logging": verbose}
     # What a signal raises must not come in the middle of Ray's start, which forks: Python drops it
     # in a callback of the fork and leaves a lock of every logger held. One thread, which lives on,
