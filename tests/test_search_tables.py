@@ -101,6 +101,12 @@ def test_where_no_configuration_keeps_the_constraint_the_screen_says_so() -> Non
     assert told.split() in lines
 
 
+def test_where_none_is_known_to_keep_the_constraint_the_screen_says_that() -> None:
+    best = configuration(4, 0.9, 0.5) | {"violation": None}
+    lines = printed(document(front=[], best=best, feasible=False, final=None))
+    assert any("is known to keep it" in " ".join(line) for line in lines)
+
+
 def test_where_nothing_is_complete_there_is_no_best() -> None:
     changes: dict[str, Any] = dict.fromkeys(
         ("best", "constraint", "baseline", "importance", "final", "recipe_file")
@@ -141,7 +147,7 @@ def test_planned_trials_are_listed_with_how_many_there_will_be() -> None:
     planned = {
         "search": "digits",
         "trials": [
-            {"number": 0, "parameters": {}, "seed": 0, "baseline": True},
+            {"id": "plain-0", "parameters": {}, "seed": 0, "baseline": True},
             {"number": 1, "parameters": {"mint.taps": '["a", "b"]'}, "seed": 4},
         ],
         "planned": 60,

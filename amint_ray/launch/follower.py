@@ -190,6 +190,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
             record.looked(result["epoch"], result["figures"], result["violation"])
             record.training = result["training"]
             record.settings |= result["perturbed"]
+            record.parameters |= result["perturbed"]
         self._notices += [f"{identity}: {text}" for text in result["notices"]]
         named = {f"perturbed/{key}": value for key, value in result["perturbed"].items()}
         for entry in result["entries"]:

@@ -166,11 +166,15 @@ class Recording:
         if not self._opening.done() or not all(call.done() for call in self._told):
             return False
         run = self._opening.result()
-        return not run.spool.waiting() and run.close()
+        if run.spool.waiting() or not run.close():
+            return False
+        self._calls.close()
+        return True
 
     def waiting(self) -> Path | None:
         """Where records wait that MLflow did not take; the run is closed."""
         run = self._opening.result()
+        self._calls.close()
         return None if run.close() else run.spool.folder
 
     def mark(self, status: Status, watcher: Watcher) -> None:

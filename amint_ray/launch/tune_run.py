@@ -39,7 +39,7 @@ from amint_ray.launch.search_plan import (
     first_trials,
     plan_search,
 )
-from amint_ray.launch.search_result import conclude, open_parent
+from amint_ray.launch.search_result import conclude, open_parent, shown_again
 from amint_ray.launch.time_limit import in_thread
 
 _SECONDS_BETWEEN_POLLS = 0.2
@@ -104,7 +104,7 @@ def run_search(
         raise RunError(f"storage.path = {checked.storage.uri!r}: {first_line(error)}") from error
     if folder.record.ended:
         watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
-        return folder.record.document
+        return shown_again(folder, watcher)
     with folder.alive() as sign:
         document = _carry_out(plan, checked, folder, watcher, sign=sign.path, verbose=verbose)
         folder.note(ended=True, spent=spent(search), document=document)

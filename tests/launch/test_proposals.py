@@ -212,7 +212,8 @@ def test_after_a_kill_a_search_goes_on(
     assert [ask(again) for _ in range(4)] == ["t0014", "t0016", "t0017", "t0018"]
     assert others.trials["t0017"].settings == before["t0016"]
     assert {name: others.trials[name].settings for name in before} == before
-    assert others.trials["t0018"].settings not in before.values()
+    if algorithm != "nsga2":  # whose children may be like a parent
+        assert others.trials["t0018"].settings not in before.values()
     assert others.trials["t0018"].configuration == 9
 
     assert ask(whole) == "t0017"
