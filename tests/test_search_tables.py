@@ -141,6 +141,8 @@ def test_the_paper_s_table_stands_beside_ours(width: int) -> None:
     (row,) = (line for line in lines if line[:3] == ["cifar10", "/", "entry"])
     assert row[3:] == ["resnet50", "0.86", "–", "0.53", "0.500", *row[8:]]
     assert len(row) == (10 if width == 120 else 8)
+    told = " ".join(word for line in lines for word in line)
+    assert "published: on the paper's unseen images; here: on half of calibration" in told
 
 
 def test_planned_trials_are_listed_with_how_many_there_will_be() -> None:
@@ -148,7 +150,7 @@ def test_planned_trials_are_listed_with_how_many_there_will_be() -> None:
         "search": "digits",
         "trials": [
             {"id": "plain-0", "parameters": {}, "seed": 0, "baseline": True},
-            {"number": 1, "parameters": {"mint.taps": '["a", "b"]'}, "seed": 4},
+            {"id": "t0000", "parameters": {"mint.taps": '["a", "b"]'}, "seed": 4},
         ],
         "planned": 60,
         "concurrent": 2,
@@ -158,8 +160,8 @@ def test_planned_trials_are_listed_with_how_many_there_will_be() -> None:
     print_planned(planned, Console(file=out, width=80))
     lines = [line.replace("│", " ").split() for line in out.getvalue().splitlines()]
     for cells in (
-        "0 plain training (λ₂ = 0) 0",
-        "1 taps=[a, b] 4",
+        "plain-0 plain training (λ₂ = 0) 0",
+        "t0000 taps=[a, b] 4",
         "trials in all 60",
         "at a time 2",
     ):

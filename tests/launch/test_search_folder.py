@@ -210,7 +210,7 @@ def test_what_cannot_be_deleted_stays_and_the_rest_goes(tmp_path: Path, storage:
         real.delete_dir(path)
 
     busy = SimpleNamespace(get_file_info=real.get_file_info, delete_dir=delete_dir)
-    folder.place = replace(folder.place, filesystem=busy)  # type: ignore[arg-type]
+    folder.place = replace(folder.place, filesystem=busy)
     folder.clean([])
     assert sorted(path.name for path in place.iterdir()) == ["search.json", "tune-1"]
 
