@@ -124,9 +124,12 @@ def _found(document: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, str
         settings = " ".join(f"{key}={shown(value)}" for key, value in best["settings"].items())
         lines["best (*)"] = f"{best['number']}: {settings or 'the recipe as it is'}"
         if not document["feasible"]:
+            broken = best["violation"]
+            least = f"{best['number']} breaks it least, by {shown(broken)}"
             lines["CONSTRAINT BROKEN"] = (
-                f"no configuration keeps it; {best['number']} breaks it least, by "
-                f"{best['violation']:.3g}"
+                f"no configuration keeps it; {least}"
+                if broken
+                else "no configuration is known to keep it: its metric is missing at last looks"
             )
     short = metric_names(metrics)
     for metric, shares in (document["importance"] or {}).items():
@@ -172,7 +175,10 @@ def _number(value: Any, sign: str) -> str:
 
 def _paper(rows: Sequence[Mapping[str, Any]], *, narrow: bool) -> Table:
     """Published figures beside ours, a line a cell of the published table."""
-    table = Table(title="as published, and here")
+    table = Table(
+        title="as published, and here",
+        caption="published: on the paper's unseen images; here: on half of calibration",
+    )
     table.add_column("")
     table.add_column("")
     figures = list(dict.fromkeys(key for row in rows for key in row["paper"]))

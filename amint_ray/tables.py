@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -18,13 +19,25 @@ def print_document(
     *,
     as_json: bool,
 ) -> None:
-    """A result, as JSON or for a person."""
+    """A result, as JSON or for a person.
+
+    JSON has no word for a number that is not finite: it is null there.
+    """
     if as_json:
-        json.dump(document, stdout, indent=2)
+        json.dump(_finite(document), stdout, indent=2, allow_nan=False)
         stdout.write("\n")
     else:
         show(document, Console(file=stdout, width=None if stdout.isatty() else 120))
     stdout.flush()  # nobody closes it: something that was caught may hold this frame for long
+
+
+def _finite(part: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(part, Mapping):
+        return {key: _finite(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_finite(value) for value in part]
+    return None if isinstance(part, float) and not math.isfinite(part) else part
 
 
 def print_result(document: Mapping[str, Any], console: Console) -> None:

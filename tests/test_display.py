@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 
 import pytest
 from rich.console import Console
 
 from amint_ray.display import LiveDisplay, PlainDisplay
-from amint_ray.tables import interval, print_data, print_reproduced, print_result
+from amint_ray.tables import interval, print_data, print_document, print_reproduced, print_result
 
 EPOCH = {"phase": "epoch", "epoch": 3, "train/task_loss": 0.5, "train/mint_loss": 0.25}
 STEP = {"phase": "train", "epoch": 3, "epochs": 8, "step": 30, "steps": 80}
@@ -195,3 +197,14 @@ def test_a_reproduced_run_shows_each_difference_and_the_verdict() -> None:
 
 def test_a_figure_without_value_is_a_dash() -> None:
     assert interval({"value": None, "low": None, "high": None, "note": "too few"}) == "–"
+
+
+def test_a_number_that_is_not_finite_is_null_in_json() -> None:
+    found = {"rows": [(1.5, math.nan)], "low": -math.inf, "count": 3, "name": "NaN", "ok": True}
+    out = io.StringIO()
+    print_document(found, print_result, out, as_json=True)
+    assert json.loads(out.getvalue(), parse_constant=pytest.fail) == {
+        **found,
+        "rows": [[1.5, None]],
+        "low": None,
+    }

@@ -101,6 +101,12 @@ def test_where_no_configuration_keeps_the_constraint_the_screen_says_so() -> Non
     assert told.split() in lines
 
 
+def test_where_none_is_known_to_keep_the_constraint_the_screen_says_that() -> None:
+    best = configuration(4, 0.9, 0.5) | {"violation": None}
+    lines = printed(document(front=[], best=best, feasible=False, final=None))
+    assert any("is known to keep it" in " ".join(line) for line in lines)
+
+
 def test_where_nothing_is_complete_there_is_no_best() -> None:
     changes: dict[str, Any] = dict.fromkeys(
         ("best", "constraint", "baseline", "importance", "final", "recipe_file")
@@ -135,14 +141,16 @@ def test_the_paper_s_table_stands_beside_ours(width: int) -> None:
     (row,) = (line for line in lines if line[:3] == ["cifar10", "/", "entry"])
     assert row[3:] == ["resnet50", "0.86", "–", "0.53", "0.500", *row[8:]]
     assert len(row) == (10 if width == 120 else 8)
+    told = " ".join(word for line in lines for word in line)
+    assert "published: on the paper's unseen images; here: on half of calibration" in told
 
 
 def test_planned_trials_are_listed_with_how_many_there_will_be() -> None:
     planned = {
         "search": "digits",
         "trials": [
-            {"number": 0, "parameters": {}, "seed": 0, "baseline": True},
-            {"number": 1, "parameters": {"mint.taps": '["a", "b"]'}, "seed": 4},
+            {"id": "plain-0", "parameters": {}, "seed": 0, "baseline": True},
+            {"id": "t0000", "parameters": {"mint.taps": '["a", "b"]'}, "seed": 4},
         ],
         "planned": 60,
         "concurrent": 2,
@@ -152,8 +160,8 @@ def test_planned_trials_are_listed_with_how_many_there_will_be() -> None:
     print_planned(planned, Console(file=out, width=80))
     lines = [line.replace("│", " ").split() for line in out.getvalue().splitlines()]
     for cells in (
-        "0 plain training (λ₂ = 0) 0",
-        "1 taps=[a, b] 4",
+        "plain-0 plain training (λ₂ = 0) 0",
+        "t0000 taps=[a, b] 4",
         "trials in all 60",
         "at a time 2",
     ):

@@ -38,7 +38,9 @@ class Configuration:
         trials: their ids, by seed.
         seeds: one a trial.
         states: one a trial.
-        violation: how far the constraint is broken, on average; None without a constraint.
+        violation: how far the constraint is broken, on average; None: there is none, or nothing is
+            known.
+        feasible: whether the constraint, where there is one, is known to be kept by every trial.
         complete: whether every trial is done and states every objective.
     """
 
@@ -50,12 +52,8 @@ class Configuration:
     seeds: tuple[int, ...]
     states: tuple[str, ...]
     violation: float | None
+    feasible: bool
     complete: bool
-
-    @property
-    def feasible(self) -> bool:
-        """Whether no constraint is known to be broken."""
-        return not self.violation
 
     @property
     def state(self) -> str:
@@ -92,6 +90,7 @@ def configurations(
     trials: Sequence[Mapping[str, Any]],
     objectives: Sequence[Objective],
     *,
+    constrained: bool = False,
     confidence: float = 0.95,
 ) -> list[Configuration]:
     """The candidates of a search, by number; baselines are none.
@@ -103,13 +102,17 @@ def configurations(
     Args:
         trials: in any order.
         objectives: what a complete configuration has to state.
+        constrained: whether there is a constraint, of which each trial's `violation` has to tell.
         confidence: of the t-intervals.
     """
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for trial in trials:
         if not trial["baseline"]:
             groups.setdefault(trial["configuration"], []).append(trial)
-    return [_put_together(groups[n], objectives, confidence) for n in sorted(groups)]
+    return [
+        _put_together(groups[n], objectives, confidence, constrained=constrained)
+        for n in sorted(groups)
+    ]
 
 
 def baseline(
@@ -117,11 +120,15 @@ def baseline(
 ) -> Configuration | None:
     """The baselines' trials put together in the same way; None without any."""
     group = [trial for trial in trials if trial["baseline"]]
-    return _put_together(group, (), confidence) if group else None
+    return _put_together(group, (), confidence, constrained=False) if group else None
 
 
 def _put_together(
-    trials: Sequence[Mapping[str, Any]], objectives: Sequence[Objective], confidence: float
+    trials: Sequence[Mapping[str, Any]],
+    objectives: Sequence[Objective],
+    confidence: float,
+    *,
+    constrained: bool,
 ) -> Configuration:
     ordered = sorted(trials, key=lambda trial: (trial["seed"], trial["id"]))
     first = ordered[0]
@@ -140,6 +147,7 @@ def _put_together(
         seeds=tuple(trial["seed"] for trial in ordered),
         states=tuple(trial["state"] for trial in ordered),
         violation=float(np.mean(broken)) if broken else None,
+        feasible=not any(broken) and (not constrained or len(broken) == len(ordered)),
         complete=all(
             trial["state"] == "done"
             and all(figure_value(trial["figures"], m) is not None for m, _ in objectives)
@@ -201,7 +209,8 @@ def best(configurations: Sequence[Configuration], objectives: Sequence[Objective
     With one objective the best feasible one. With several, the one of the front that is nearest to
     the ideal point (the best value of each axis, which none may have together), by Euclid's
     distance where each axis runs from 0 to 1 over the front. Equals go by number. Where none is
-    feasible, the one that breaks the constraint least; equals by the first objective.
+    feasible, the one that breaks the constraint least, and those of which that is not known last;
+    equals by the first objective.
     """
     complete = [
         each
@@ -213,7 +222,10 @@ def best(configurations: Sequence[Configuration], objectives: Sequence[Objective
     feasible = [each for each in complete if each.feasible]
     if not feasible:
         first = _points(complete, objectives[:1])[:, 0].tolist()
-        worst = [(c.violation or 0.0, -x, c.number) for c, x in zip(complete, first, strict=True)]
+        worst = [
+            (math.inf if c.violation is None else c.violation, -x, c.number)
+            for c, x in zip(complete, first, strict=True)
+        ]
         return Choice(complete[worst.index(min(worst))], feasible=False)
     able = front(feasible, objectives)
     points = _points(able, objectives)

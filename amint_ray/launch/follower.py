@@ -195,6 +195,7 @@ class Follower(tune.Callback):  # type: ignore[misc]
             record.looked(result["epoch"], result["figures"], result["violation"])
             record.training = result["training"]
             record.settings |= result["perturbed"]
+            record.parameters |= result["perturbed"]
         for text in result["notices"]:
             self._notices.put(f"{identity}: {text}")
         named = {f"perturbed/{key}": value for key, value in result["perturbed"].items()}

@@ -40,6 +40,7 @@ class TrialRecord:
         run_id: MLflow's.
         tries: how often it was begun.
         training: name of the training that it is at; None: it has not reported yet.
+        attributes: what the sampler noted of its configuration, and needs to know again.
     """
 
     id: str
@@ -59,6 +60,7 @@ class TrialRecord:
     run_id: str | None = None
     tries: int = 0
     training: str | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
@@ -107,7 +109,8 @@ class Ledger:
     def load(self) -> None:
         """Read what an earlier driver left.
 
-        A file that cannot be read was being written when the machine died: its trial is forgotten.
+        A file that cannot be read was being written when the machine died, or by another version:
+        its trial is forgotten.
 
         Raises:
             OSError: storage cannot be read.

@@ -85,7 +85,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         return bool(self._plain) and all(t.ended for t in self._plain) and not self._curve()
 
     def _plain_trials(self) -> list[TrialRecord]:
-        """The plain models that the constraint refers to, as they are in the ledger."""
+        """The plain models that the constraint refers to; what failed before is tried again."""
         constraint = self._search.spec.constraint
         if constraint is None or not constraint.wants_plain:
             return []
@@ -94,6 +94,10 @@ class Proposals(Searcher):  # type: ignore[misc]
             if identity not in self._ledger.trials:
                 seed, without = self._search.seed + number, {"loss.lambda_mint": 0}
                 self._ledger.add(TrialRecord(identity, -1, seed, {}, without, baseline=True))
+        for trial in self._ledger.where(lambda trial: trial.baseline and trial.state == "failed"):
+            # What broke it may be put right by now; without it nothing can be judged.
+            with self._ledger.changing(trial.id) as record:
+                record.state, record.reason = "waiting", None
         return self._ledger.where(lambda trial: trial.baseline)
 
     @property
@@ -123,7 +127,9 @@ class Proposals(Searcher):  # type: ignore[misc]
             self._seeds = self._new_configuration()
         number, parameters, settings, seed = self._seeds.pop(0)
         identity = f"t{number * self._search.spec.seeds + seed - self._search.seed:04d}"
-        self._ledger.add(TrialRecord(identity, number, seed, parameters, settings))
+        noted = self._noted(number)
+        record = TrialRecord(identity, number, seed, parameters, settings, attributes=noted)
+        self._ledger.add(record)
         return self._begun(identity)
 
     def take(self, *, baselines: bool) -> list[dict[str, Any]]:
@@ -185,6 +191,13 @@ class Proposals(Searcher):  # type: ignore[misc]
             for i in range(self._search.spec.seeds)
         ]
 
+    def _noted(self, number: int) -> dict[str, Any]:
+        """What the sampler noted of a configuration when it was asked for it (its generation)."""
+        asked = self._asked.get(number)
+        if asked is None:
+            return {}
+        return dict(self._study._storage.get_trial_system_attrs(asked._trial_id))
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
@@ -210,30 +223,31 @@ class Proposals(Searcher):  # type: ignore[misc]
         del self._asked[number]
 
     def _outcome(self, number: int) -> tuple[Any, TrialState, float | None] | None:
-        """Means over the seeds, and how it ended; None: not all of them have."""
+        """Means over the seeds, and how it ended; None: not all of them have.
+
+        Seeds that were stopped at different epochs are compared at the last that all have reached.
+        """
         trials = self._of(number)
         if len(trials) < self._search.spec.seeds or not all(trial.ended for trial in trials):
             return None
         names = [objective.metric for objective in self._search.spec.objective]
-        measured = [
-            trial
-            for trial in trials
-            if trial.state != "failed" and all(name in trial.figures for name in names)
-        ]
+        looked = [trial for trial in trials if trial.state != "failed" and trial.history]
+        reached = min((trial.epoch for trial in looked), default=0)
+        looks = [_look(trial, reached) for trial in looked]
+        measured = [look for look in looks if all(name in look for name in names)]
         if not measured:
             return [], TrialState.FAIL, None
-        values = [
-            statistics.fmean(trial.figures[name]["value"] for trial in measured) for name in names
-        ]
-        broken = [trial.violation for trial in measured if trial.violation is not None]
+        values = [statistics.fmean(look[name] for look in measured) for name in names]
+        broken = [look["violation"] for look in measured if "violation" in look]
         violation = statistics.fmean(broken) if broken else None
-        stopped = any(trial.state == "stopped" for trial in measured)
+        stopped = any(trial.state == "stopped" for trial in looked)
         # Only of one objective can Optuna's samplers take that it was not seen to the end.
         pruned = stopped and len(names) == 1
         return values, TrialState.PRUNED if pruned else TrialState.COMPLETE, violation
 
     def _reached(self, number: int) -> int:
-        return min(trial.epoch for trial in self._of(number))
+        """The last epoch that all seeds which did not fail have reached."""
+        return min(t.epoch for t in self._of(number) if t.state != "failed" and t.history)
 
     def _of(self, number: int) -> list[TrialRecord]:
         return self._ledger.where(lambda t: not t.baseline and t.configuration == number)
@@ -250,10 +264,13 @@ class Proposals(Searcher):  # type: ignore[misc]
         recorded = _Recorded(parameters)
         draw(self._space, recorded)
         told = self._outcome(number)
+        noted = trials[0].attributes
         if told is None:  # under way: the sampler is asked for the same again
             self._study.enqueue_trial(recorded.values)
-            self._asked[number] = self._study.ask()
-            draw(self._space, self._asked[number])
+            self._asked[number] = asked = self._study.ask()
+            draw(self._space, asked)
+            for name, value in noted.items():
+                self._study._storage.set_trial_system_attr(asked._trial_id, name, value)
             return
         values, state, violation = told
         pruned = state == TrialState.PRUNED
@@ -263,6 +280,7 @@ class Proposals(Searcher):  # type: ignore[misc]
             values=values or None,
             state=state,
             intermediate_values={self._reached(number): values[0]} if pruned else None,
+            system_attrs=dict(noted),
         )
         if violation is not None:
             known.set_constraint(_CONSTRAINT, violation)
@@ -305,6 +323,11 @@ class _Recorded:
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
         return int(self._note(name, optuna.distributions.IntDistribution(low, high)))
+
+
+def _look(trial: TrialRecord, epoch: int) -> dict[str, float]:
+    """A trial's last look up to an epoch; empty before its first."""
+    return next((look for look in reversed(trial.history) if look["epoch"] <= epoch), {})
 
 
 def _sampler(search: Search, *, already: int) -> BaseSampler:

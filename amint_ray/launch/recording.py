@@ -168,13 +168,17 @@ class Recording:
         if self._opening.exception() is not None:
             return True
         run = self._opening.result()
-        return not run.spool.waiting() and run.close()
+        if run.spool.waiting() or not run.close():
+            return False
+        self._calls.close()
+        return True
 
     def waiting(self) -> Path | None:
         """Where records wait that MLflow did not take; the run is closed, if it was opened."""
         if not self._opening.done() or self._opening.exception() is not None:
             return None
         run = self._opening.result()
+        self._calls.close()
         return None if run.close() else run.spool.folder
 
     def mark(self, status: Status, watcher: Watcher) -> None:

@@ -2,6 +2,7 @@
 
 searches/NAME/search.json     what the search is; MLflow's run; whether it has ended
 searches/NAME/driver.json     a number that rises while its driver lives
+searches/NAME/claim           which driver that is
 searches/NAME/trials/         a file a trial (`ledger.py`)
 searches/NAME/runs/           the trials' trainings, with their checkpoints
 searches/NAME/final/          a file for each training of the winner
@@ -13,16 +14,21 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from amint_ray.config.search import Search, identity, search_fingerprint
-from amint_ray.contracts import UserError, Watcher, first_line
-from amint_ray.launch.runs import beating, beats, standing_still
-from amint_ray.storage import Location, open_input, write_atomically
+from pyarrow.fs import FileInfo, FileSelector, FileType
 
-_RECORD, _DRIVER = "search.json", "driver"
+from amint_ray.config.search import Search, identity, search_fingerprint
+from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.runs import beating, beats, standing_still
+from amint_ray.storage import Location, delete, open_input, write_atomically
+
+_RECORD, _DRIVER, _CLAIM = "search.json", "driver", "claim"
+_SECONDS_TO_SETTLE = 2.0
+"""After which two drivers that began at the same time both see whose claim stands."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,20 @@ class SearchFolder:
     Attributes:
         place: where it is.
         record: as it will be written next.
+
+    Args:
+        place: see there.
+        record: see there.
+        before: the last sign of life of a driver that has died; None: there is none.
     """
 
-    def __init__(self, place: Location, record: SearchRecord) -> None:
+    def __init__(
+        self, place: Location, record: SearchRecord, *, before: bytes | None = None
+    ) -> None:
         self.place, self.record = place, record
+        self._before = before
+        self._token, self._claimed = "", 0.0
+        self._noted = False
 
     @property
     def trials(self) -> Location:
@@ -84,12 +100,89 @@ class SearchFolder:
         self.record = replace(self.record, **changes)
         with write_atomically(self.place, _RECORD) as file:
             file.write(json.dumps(asdict(self.record), indent=2).encode())
+        self._noted = True
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[Location]:
-        """Let others see that this driver lives, by a file; gives its location."""
-        with beating(self.place, _DRIVER) as sign:
-            yield sign
+        """Let others see that this driver lives, by a file; gives its location.
+
+        Where nothing was noted when the body ends, no trace of it stays; and no sign, where the
+        search is done.
+
+        Raises:
+            UserError: another driver has begun since this folder was opened.
+            RunError: storage does not take the files.
+        """
+        if beats(self.place).get(_DRIVER) != self._before:
+            raise _at_work(self.place)
+        self._token = secrets.token_hex(8)
+        try:
+            with beating(self.place, _DRIVER) as sign:
+                self._claim()
+                yield sign
+        finally:
+            if self._mine() and (self.record.ended or not self._noted):
+                self._leave()
+
+    def _claim(self) -> None:
+        try:
+            with write_atomically(self.place, _CLAIM) as file:
+                file.write(self._token.encode())
+        except OSError as error:
+            raise RunError(f"{self.place.uri}: {first_line(error)}") from error
+        self._claimed = time.monotonic()
+
+    def settle(self, watcher: Watcher) -> None:
+        """See that no other driver began at the same time; to be called while `alive`.
+
+        Before this, nothing may be written that another driver would read.
+
+        Args:
+            watcher: can end the wait.
+
+        Raises:
+            UserError: one did, and it is the one that goes on.
+        """
+        while time.monotonic() < self._claimed + _SECONDS_TO_SETTLE:
+            watcher.heartbeat()
+            time.sleep(0.05)
+        if not self._mine():
+            raise _at_work(self.place)
+
+    def _mine(self) -> bool:
+        """Whether this driver is the last that claimed the folder."""
+        try:
+            with open_input(self.place, _CLAIM) as file:
+                return bytes(file.read()).decode() == self._token
+        except OSError:
+            return False
+
+    def _leave(self) -> None:
+        """Take back what `alive` wrote; a folder that has nothing else in it goes, too."""
+        for name in (f"{_DRIVER}.json", _CLAIM):
+            with contextlib.suppress(OSError):
+                delete(self.place, name)
+        if not self.place.remote:
+            with contextlib.suppress(OSError):  # there is more in it
+                Path(self.place.path).rmdir()
+                Path(self.place.path).parent.rmdir()
+
+    def clean(self, ended: Sequence[str]) -> None:
+        """Delete what nobody goes on with: trainings of ended trials, and all of Tune's own files.
+
+        What cannot be deleted stays: no reason to fail a search that is done.
+
+        Args:
+            ended: ids of those trials.
+        """
+        names = {f"{self.record.name}-{trial}" for trial in ended}
+        for info in _folders(self.runs):
+            # One that took over another's weights says so in its name.
+            if info.base_name.partition("-from-")[0] in names:
+                _remove(self.runs, info.path)
+        for info in _folders(self.place):
+            if info.base_name.startswith("tune-"):
+                _remove(self.place, info.path)
 
     def final(self, name: str) -> dict[str, Any] | None:
         """The document of one of the winner's trainings, if it was done."""
@@ -124,34 +217,64 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
     """
     fingerprint, name = search_fingerprint(search), search.spec.name
     if new:
-        name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     place = storage.below(f"searches/{name}")
+    record, before = _read(place), beats(place)
+    if record is not None and record.fingerprint != fingerprint:
+        raise UserError(
+            f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
+            "this one another name (name=OTHER), or begin anew beside it with --new"
+        )
+    ended = record is not None and record.ended and record.spent == spent(search)
+    signs = {name: beat for name, beat in before.items() if name == _DRIVER}
+    if signs and not ended and not standing_still(place, signs, watcher):
+        raise _at_work(place)
+    if record is None:
+        unique = f"{name}-{secrets.token_hex(3)}"
+        record = SearchRecord(unique, fingerprint, identity(search))
+    attempts = record.attempts + (not ended)
+    record = replace(record, ended=ended, attempts=attempts)
+    return SearchFolder(place, record, before=signs.get(_DRIVER))
+
+
+def _read(place: Location) -> SearchRecord | None:
+    """A search's record; None: there is none yet.
+
+    Raises:
+        UserError: it is damaged.
+        OSError: storage cannot be read.
+    """
     try:
         with open_input(place, _RECORD) as file:
-            record = SearchRecord(**json.loads(file.read()))
+            return SearchRecord(**json.loads(file.read()))
     except FileNotFoundError:
-        unique = f"{name}-{secrets.token_hex(3)}"
-        made = SearchRecord(unique, fingerprint, identity(search), attempts=1)
-        return SearchFolder(place, made)
+        return None
     except (ValueError, TypeError) as error:
         raise UserError(
             f"search: {place.uri}/{_RECORD} is damaged ({first_line(error)}); remove the folder, "
             "or give the search another name (name=OTHER)"
         ) from error
-    if record.fingerprint != fingerprint:
-        raise UserError(
-            f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
-            "this one another name (name=OTHER), or begin anew beside it with --new"
-        )
-    before = {name: beat for name, beat in beats(place).items() if name == _DRIVER}
-    if before and not record.ended and not standing_still(place, before, watcher):
-        raise UserError(
-            f"search: another process is at work on {place.uri}; wait until it has ended, or stop "
-            "it first"
-        )
-    ended = record.ended and record.spent == spent(search)
-    attempts = record.attempts + (not ended)
-    return SearchFolder(place, replace(record, ended=ended, attempts=attempts))
+
+
+def _at_work(place: Location) -> UserError:
+    return UserError(
+        f"search: another process is at work on {place.uri}; wait until it has ended, or stop "
+        "it first"
+    )
+
+
+def _folders(place: Location) -> list[FileInfo]:
+    """What lies in a folder; nothing where it cannot be read."""
+    try:
+        found = place.filesystem.get_file_info(FileSelector(place.path, allow_not_found=True))
+    except OSError:
+        return []
+    return [info for info in found if info.type == FileType.Directory]
+
+
+def _remove(place: Location, path: str) -> None:
+    with contextlib.suppress(OSError):
+        place.filesystem.delete_dir(path)
 
 
 def spent(search: Search) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from amint_ray.config.load import to_yaml
 from amint_ray.config.search_schema import Paper
-from amint_ray.contracts import SearchWatcher, leaves
+from amint_ray.contracts import SearchWatcher, first_line, leaves
 from amint_ray.evaluation.importance import importance
 from amint_ray.evaluation.objectives import front_axes
 from amint_ray.evaluation.parallel_figure import parallel_coordinates
@@ -32,7 +32,7 @@ from amint_ray.launch.records import RunRecords
 from amint_ray.launch.search_folder import SearchFolder
 from amint_ray.launch.search_plan import Plan
 from amint_ray.launch.winner import final_config, train_again
-from amint_ray.storage import write_atomically
+from amint_ray.storage import open_input, write_atomically
 from amint_ray.tracking.run_log import NewRun, OpenedRun, flat
 
 _WINNER = "winner.yaml"
@@ -112,7 +112,8 @@ def conclude(
     objectives = [(objective.metric, objective.mode) for objective in spec.objective]
     axes = front_axes(objectives)
     trials = ledger.documents()
-    candidates = configurations(trials, objectives)
+    constrained = spec.constraint is not None
+    candidates = configurations(trials, objectives, constrained=constrained)
     plain = baseline(trials)
     on_front, choice = front(candidates, axes), best(candidates, objectives)
     importances = {metric: importance(candidates, metric) for metric, _ in axes}
@@ -146,7 +147,7 @@ def conclude(
             f"curves_{metric}": learning_curves(trials, metric, mode) for metric, mode in objectives
         },
     }
-    document["recipe_file"] = _winner_file(plan, folder, choice)
+    document["recipe_file"] = _winner_file(plan, folder, choice, watcher)
     _tell_files(parent, document, pictures)
     final = None
     if choice.configuration is not None and spec.final.seeds > 0:
@@ -204,24 +205,58 @@ def _write_table(path: Path, trials: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _winner_file(plan: Plan, folder: SearchFolder, choice: Choice) -> str | None:
-    """Write the winner's configuration as a recipe; gives the local path.
-
-    Beside the search where that is on a disk of this machine, else in the working directory.
-    """
+def _winner_file(
+    plan: Plan, folder: SearchFolder, choice: Choice, watcher: SearchWatcher
+) -> str | None:
+    """Write the winner's configuration as a recipe; gives the local path, if there is one."""
     if choice.configuration is None:
         return None
     config = final_config(plan, choice.configuration.settings, seed=plan.search.seed)
     config = config.model_copy(update={"cluster": plan.search.base.cluster})
     changed = ", ".join(f"{k} = {v}" for k, v in choice.configuration.settings.items())
     text = f"# Found by search {folder.record.name}: {changed}\n{to_yaml(config)}"
-    with write_atomically(folder.place, _WINNER) as file:
-        file.write(text.encode())
+    try:
+        with write_atomically(folder.place, _WINNER) as file:
+            file.write(text.encode())
+    except OSError as error:
+        watcher.notice(f"WARNING: no recipe of the winner: {first_line(error)}")
+        return None
+    return _local_winner(folder, text, watcher)
+
+
+def _local_winner(folder: SearchFolder, text: str, watcher: SearchWatcher) -> str | None:
+    """Path of the winner's recipe on this machine; None where it cannot be written.
+
+    Beside the search where that is on a disk of this machine, else in the working directory.
+    """
     if not folder.place.remote:
         return str(Path(folder.place.path) / _WINNER)
     here = Path(f"{folder.record.name}-{_WINNER}")
-    here.write_text(text, encoding="utf-8")
+    try:
+        here.write_text(text, encoding="utf-8")
+    except OSError as error:
+        watcher.notice(
+            f"WARNING: the winner's recipe is {folder.place.uri}/{_WINNER} alone: "
+            f"{first_line(error)}"
+        )
+        return None
     return str(here)
+
+
+def shown_again(folder: SearchFolder, watcher: SearchWatcher) -> dict[str, Any]:
+    """The document of a search that is done, with the winner's recipe where it is shown now."""
+    document = dict(folder.record.document)
+    if document.get("best") is None:
+        return document
+    try:
+        with open_input(folder.place, _WINNER) as file:
+            text = file.read().decode()
+    except OSError:  # it was removed, or never written
+        path = None
+    else:
+        path = _local_winner(folder, text, watcher)
+    document["recipe_file"] = path
+    return {**document, "next": _next_command(document)}
 
 
 def _beside_paper(paper: Paper, candidates: Sequence[Configuration]) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ class InOrder:
     """A daemon thread that makes one call after the other, in the order they were given in."""
 
     def __init__(self) -> None:
-        self._waiting: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
@@ -51,9 +51,13 @@ class InOrder:
         self._waiting.put((call, future))
         return future
 
+    def close(self) -> None:
+        """End the thread when all calls so far are done; none may be submitted after this."""
+        self._waiting.put(None)
+
     def _work(self) -> None:
-        while True:
-            call, future = self._waiting.get()
+        while (given := self._waiting.get()) is not None:
+            call, future = given
             try:
                 future.set_result(call())
             except BaseException as error:

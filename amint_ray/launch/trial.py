@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 import ray.train
-from pyarrow.fs import FileSelector
 from ray import tune
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
@@ -280,15 +279,3 @@ def _listed(run: Location) -> list[dict[str, Any]]:
             return found
     except (OSError, ValueError, LookupError):  # not there yet, or being written
         return []
-
-
-def remove_trainings(runs: Location, search: str, trial: str) -> None:
-    """Delete what a trial's trainings kept, once nobody goes on with them.
-
-    Raises:
-        OSError: they cannot be deleted.
-    """
-    for info in runs.filesystem.get_file_info(FileSelector(runs.path, allow_not_found=True)):
-        name = f"{search}-{trial}"
-        if info.base_name == name or info.base_name.startswith(f"{name}-from-"):
-            runs.filesystem.delete_dir(info.path)

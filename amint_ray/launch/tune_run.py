@@ -20,7 +20,15 @@ from amint_ray.launch.children import Children, Where
 from amint_ray.launch.cluster import address_of, connect, job_tags, local_cores
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
-from amint_ray.launch.prepare import Prepared, check, prepare, settle_streams, share, worker_rows
+from amint_ray.launch.prepare import (
+    Checked,
+    Prepared,
+    check,
+    prepare,
+    settle_streams,
+    share,
+    worker_rows,
+)
 from amint_ray.launch.recording import Recording, data_tags, dataset_fields
 from amint_ray.launch.room import Machine, machines_of_cluster, plan_workers, room_on, wait_for_room
 from amint_ray.launch.search_folder import SearchFolder, open_search, spent
@@ -31,7 +39,7 @@ from amint_ray.launch.search_plan import (
     first_trials,
     plan_search,
 )
-from amint_ray.launch.search_result import conclude, open_parent
+from amint_ray.launch.search_result import conclude, open_parent, shown_again
 from amint_ray.launch.time_limit import in_thread
 
 _SECONDS_BETWEEN_POLLS = 0.2
@@ -101,7 +109,28 @@ def run_search(
         raise RunError(f"storage.path = {checked.storage.uri!r}: {first_line(error)}") from error
     if folder.record.ended:
         watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
-        return folder.record.document
+        return shown_again(folder, watcher)
+    with folder.alive() as sign:
+        document = _carry_out(plan, checked, folder, watcher, sign=sign.path, verbose=verbose)
+        folder.note(ended=True, spent=spent(search), document=document)
+    return document
+
+
+def _carry_out(
+    plan: Plan,
+    checked: Checked,
+    folder: SearchFolder,
+    watcher: SearchWatcher,
+    *,
+    sign: str,
+    verbose: bool,
+) -> dict[str, Any]:
+    """All of a search that nobody else is at work on; gives its document.
+
+    Raises:
+        UserError: a mistake of the user's, or another driver began at the same time.
+        RunError: all trials failed, or the plain model did.
+    """
     config, source = find_source(plan.base, watcher)
     dataset = None
     if config.data.mode == "memory":
@@ -116,9 +145,10 @@ def run_search(
             dataset = index_on_ray(config, source, checked.storage, watcher)
             check_metrics(plan, dataset.index.manifest)
         prepared = prepare(config, checked, dataset, watcher)
-        _same_images(folder, prepared)
         room = _room(plan, prepared, watcher, joined=address is not None)
         workers = room.workers if isinstance(room.workers, int) else room.workers[1]
+        folder.settle(watcher)
+        _same_images(folder, prepared)
         # Ray's object store then has the images, and this process no more.
         data, prepared = share(settle_streams(prepared, workers))
         dataset = None
@@ -128,16 +158,11 @@ def run_search(
             ended = len(ledger.where(lambda trial: trial.ended))
             watcher.notice(f"going on with {folder.record.name}: {ended} trials have ended")
         tags = {**job_tags(room.workers), "amint.search": folder.record.name}
-        with (
-            folder.alive() as sign,
-            open_parent(plan, prepared, folder, watcher, tags=tags) as parent,
-        ):
-            _search(plan, prepared, data, folder, ledger, parent, room, watcher, sign=sign.path)
-            document = conclude(
+        with open_parent(plan, prepared, folder, watcher, tags=tags) as parent:
+            _search(plan, prepared, data, folder, ledger, parent, room, watcher, sign=sign)
+            return conclude(
                 plan, prepared, folder, ledger, parent, watcher, verbose=verbose, tags=tags
             )
-    folder.note(ended=True, spent=spent(search), document=document)
-    return document
 
 
 def show_plan(search: Search, watcher: SearchWatcher) -> dict[str, Any]:
@@ -255,7 +280,7 @@ def _search(
     from amint_ray.launch.orphans import free_all, free_orphans
     from amint_ray.launch.progress import Receiver
     from amint_ray.launch.proposals import Proposals
-    from amint_ray.launch.trial import Given, remove_trainings
+    from amint_ray.launch.trial import Given
 
     config, spec = prepared.config, plan.search.spec
     population = spec.algorithm.name == "pbt"
@@ -355,10 +380,7 @@ def _search(
     for trial in ledger.where(lambda trial: trial.training is not None):
         Receiver(str(trial.training)).close()  # what workers sent after their trial was stopped
     _check_outcome(ledger)
-    with contextlib.suppress(OSError):  # no reason to fail a search that is done
-        for trial in ledger.where(lambda trial: trial.ended):
-            remove_trainings(folder.runs, folder.record.name, trial.id)
-        folder.place.filesystem.delete_dir(folder.place.below(settings.name).path)
+    folder.clean([trial.id for trial in ledger.where(lambda trial: trial.ended)])
 
 
 def _check_outcome(ledger: Ledger) -> None:

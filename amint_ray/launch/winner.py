@@ -49,9 +49,10 @@ def train_again(
     """
     spec = plan.search.spec
     seeds = [plan.search.seed + spec.seeds + number for number in range(spec.final.seeds)]
-    mine = _documents(
+    documents = _documents(
         plan, folder, parent, winner.settings, seeds, "winner", watcher, tags=tags, verbose=verbose
     )
+    mine = list(map(_figures, documents))
     figures = _over_seeds(mine, seeds)
     optimism = {}
     for metric in _told(plan, winner):
@@ -63,9 +64,10 @@ def train_again(
         optimism[metric] = {"selection": selection, "final": final, "difference": better}
     default = None
     if spec.final.default:
-        theirs = _documents(
+        others = _documents(
             plan, folder, parent, {}, seeds, "default", watcher, tags=tags, verbose=verbose
         )
+        theirs = list(map(_figures, others))
         default = {
             "figures": _over_seeds(theirs, seeds),
             "differences": _over_seeds(list(map(_difference, mine, theirs)), seeds),
@@ -75,9 +77,9 @@ def train_again(
         "figures": figures,
         "optimism": optimism,
         "default": default,
-        "run_ids": [document["run_id"] for document in mine],
-        "model_uri": mine[0]["model_uri"],
-        "load": mine[0]["load"],
+        "run_ids": [document["run_id"] for document in documents],
+        "model_uri": documents[0]["model_uri"],
+        "load": documents[0]["load"],
     }
 
 
@@ -129,43 +131,43 @@ def _documents(
 
 
 def _over_seeds(
-    documents: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    found: Sequence[Mapping[str, Mapping[str, Any]]], seeds: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Every figure's mean over the seeds, by flat name; put together as a search's trials are."""
-    trials = []
-    for document, seed in zip(documents, seeds, strict=True):
-        values = leaves(document)
-        names = [name for name in values if f"{name}.low" in values]
-        figures = {
-            name: {
-                "value": values[name],
-                "low": values[f"{name}.low"],
-                "high": values[f"{name}.high"],
-            }
-            for name in names
+    trials = [
+        {
+            "id": str(seed),
+            "seed": seed,
+            "configuration": 0,
+            "baseline": False,
+            "state": "done",
+            "parameters": {},
+            "settings": {},
+            "violation": None,
+            "figures": figures,
         }
-        trials.append(
-            {
-                "id": str(seed),
-                "seed": seed,
-                "configuration": 0,
-                "baseline": False,
-                "state": "done",
-                "parameters": {},
-                "settings": {},
-                "violation": None,
-                "figures": figures,
-            }
-        )
+        for figures, seed in zip(found, seeds, strict=True)
+    ]
     (together,) = configurations(trials, [])
     return {name: dict(figure) for name, figure in together.figures.items()}
 
 
-def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Figure by figure, of two trainings with the same seed; one pair alone has no interval."""
-    a, b = leaves(mine), leaves(theirs)
+def _figures(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A training's figures, by flat name."""
+    values = leaves(document)
     return {
-        name: {"value": a[name] - b[name], "low": float("-inf"), "high": float("inf")}
-        for name in a
-        if name in b and f"{name}.low" in a
+        name: {"value": values[name], "low": values[f"{name}.low"], "high": values[f"{name}.high"]}
+        for name in values
+        if f"{name}.low" in values
+    }
+
+
+def _difference(
+    mine: Mapping[str, Mapping[str, Any]], theirs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Figure by figure, of two trainings with the same seed; one pair alone has no interval."""
+    return {
+        name: {"value": mine[name]["value"] - theirs[name]["value"], "low": None, "high": None}
+        for name in mine
+        if name in theirs
     }

@@ -120,6 +120,24 @@ def test_best_of_one_objective_is_feasible_and_the_first_of_equals() -> None:
     assert nothing.configuration is None and not nothing.feasible
 
 
+def test_a_configuration_is_feasible_only_if_it_is_known_to_keep_the_constraint() -> None:
+    violations = [(0.0, None), (None, None), (0.0, 0.0), (0.1, None)]
+    rows = [
+        trial(number, {AUC[0]: 0.9 - number / 10}, seed=seed, violation=broken)
+        for number, pair in enumerate(violations)
+        for seed, broken in enumerate(pair)
+    ]
+    made = configurations(rows, [AUC], constrained=True)
+    assert [each.feasible for each in made] == [False, False, True, False]
+    assert numbers(front(made, [AUC])) == [2]
+    assert best(made, [AUC]).configuration is made[2]
+    # What is known to be broken a little is better than what nothing is known of.
+    chosen = best([made[1], made[3]], [AUC])
+    assert (chosen.configuration, chosen.feasible) == (made[3], False)
+    free = configurations(rows[:4], [AUC])
+    assert [each.feasible for each in free] == [True, True]
+
+
 def test_best_of_several_is_nearest_to_the_ideal_point_whatever_the_scales() -> None:
     # The ideal is (1, 1), the last is dominated.
     points = [(0.0, 1.0), (0.6, 0.7), (0.8, 0.45), (1.0, 0.0), (0.5, 0.65)]

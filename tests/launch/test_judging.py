@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,20 @@ def test_a_trial_may_have_more_epochs_than_the_recipe(tmp_path: Path) -> None:
     asha.on_trial_add(None, tune.experiment.Trial("stub", trial_id=only.id, stub=True))
     words = [look(search, asha, only, epoch, {AUC: 0.5})[0] for epoch in range(1, 61)]
     assert set(words) == {"CONTINUE"}
+
+
+def test_what_the_population_changed_is_in_settings_and_parameters(tmp_path: Path) -> None:
+    search, ledger = searched(tmp_path), Ledger(None)
+    key = "loss.lambda_mint"
+    ledger.add(TrialRecord("t0000", 0, 0, {key: 0.5, "placement": "entry"}, {key: 0.5}))
+    where = Where("", "", "mine", tmp_path, place(tmp_path), {}, {})
+    follower = Follower(
+        ledger, Children(where, ledger), proposing(search, Ledger(None)), lambda trial: search.base
+    )
+    report = {"epoch": 2, "figures": {}, "violation": None, "training": "x", "notices": []}
+    tuned = SimpleNamespace(config={"proposal": {"id": "t0000"}})
+    told = {**report, "entries": [], "perturbed": {key: 0.6}}
+    follower.on_trial_result(1, [], tuned, told)
+    record = ledger.trials["t0000"]
+    assert record.settings == {key: 0.6}
+    assert record.parameters == {key: 0.6, "placement": "entry"}

@@ -70,13 +70,15 @@ def test_another_driver_reads_what_was_written(tmp_path: Path) -> None:
     assert [found.id for found in again.where(lambda t: t.ended)] == ["t0001"]
 
 
-def test_a_file_that_was_cut_is_forgotten(tmp_path: Path) -> None:
+def test_a_file_that_was_cut_or_is_of_another_version_is_forgotten(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     for number in range(3):
         ledger.add(record(f"t000{number}", number))
     whole = (tmp_path / "trials/t0001.json").read_bytes()
     (tmp_path / "trials/t0001.json").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "trials/t0002.json").write_bytes(b"")
+    (tmp_path / "trials/t0003.json").write_text('{"id": "t0003", "of_another_version": 1}')
+    (tmp_path / "trials/t0004.json").write_text("null")
     assert set(ledger_in(tmp_path).trials) == {"t0000"}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launch.searches import SPACE, searched
@@ -10,7 +13,7 @@ from launch.silent import Silent
 
 from amint_ray.config.search import search_fingerprint
 from amint_ray.contracts import UserError
-from amint_ray.launch import runs
+from amint_ray.launch import runs, search_folder
 from amint_ray.launch.search_folder import SearchFolder, open_search, spent
 from amint_ray.storage import Location, locate
 
@@ -102,6 +105,8 @@ def test_a_new_one_beside_it(tmp_path: Path, storage: Location) -> None:
     assert beside.place.uri.startswith(f"{first.place.uri}-2")
     assert beside.record.name != first.record.name
     assert beside.record.attempts == 1
+    third = open_search(searched(tmp_path), storage, Silent(), new=True)
+    assert third.place.uri != beside.place.uri  # within one second, too
     named = begun(tmp_path, storage, "seeds=3", "name=other")
     assert named.place.uri.endswith("searches/other")
     assert begun(tmp_path, storage).record.name == first.record.name
@@ -126,9 +131,88 @@ def test_a_search_whose_driver_lives_is_not_taken_over(tmp_path: Path, storage: 
     watcher = Silent()
     assert open_search(searched(tmp_path), storage, watcher, new=False).record.attempts == 2
     assert watcher.phases == ["looking whether driver is still running"]
-    first.note(ended=True, spent=spent(searched(tmp_path)))
-    with first.alive():  # what is done is only looked at
+    last = open_search(searched(tmp_path), storage, Silent(), new=False)
+    with last.alive():  # what is done is only looked at
+        last.note(ended=True, spent=spent(searched(tmp_path)))
         assert open_search(searched(tmp_path), storage, Silent(), new=False).record.ended
+
+
+def test_of_two_drivers_that_begin_together_one_goes_on(
+    tmp_path: Path, storage: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_folder, "_SECONDS_TO_SETTLE", 0.1)
+    one, other, late = (
+        open_search(searched(tmp_path), storage, Silent(), new=False) for _ in range(3)
+    )
+    with contextlib.ExitStack() as stack:
+        # Neither has seen the other's sign when it leaves its own.
+        monkeypatch.setattr(search_folder, "beats", lambda place: {})
+        stack.enter_context(one.alive())
+        stack.enter_context(other.alive())
+        monkeypatch.undo()
+        other.settle(Silent())
+        with pytest.raises(UserError, match="another process is at work"):
+            one.settle(Silent())
+        with pytest.raises(UserError, match="another process is at work"), late.alive():
+            pass
+        other.note(manifest="f" * 64)
+
+
+def test_before_anything_is_noted_a_driver_is_seen_to_live(
+    tmp_path: Path, storage: Location
+) -> None:
+    first = open_search(searched(tmp_path), storage, Silent(), new=False)
+    with (
+        first.alive(),
+        pytest.raises(UserError, match=r"another process is at work on .*searches/mine"),
+    ):
+        open_search(searched(tmp_path), storage, Silent(), new=False)
+
+
+def test_a_search_in_which_something_is_found_wrong_leaves_no_trace(
+    tmp_path: Path, storage: Location
+) -> None:
+    first = open_search(searched(tmp_path), storage, Silent(), new=False)
+    with pytest.raises(UserError, match="no such folder"), first.alive():
+        assert list(Path(storage.path).iterdir())
+        raise UserError("data.path: no such folder")
+    assert not list(Path(storage.path).iterdir())
+    begun(tmp_path, storage)
+    again = open_search(searched(tmp_path), storage, Silent(), new=False)
+    with pytest.raises(UserError, match="no such folder"), again.alive():
+        raise UserError("data.path: no such folder")
+    assert [file.name for file in Path(storage.path).rglob("*.*")] == ["search.json"]
+
+
+def test_what_nobody_goes_on_with_is_deleted(tmp_path: Path, storage: Location) -> None:
+    folder, place = begun(tmp_path, storage), Path(storage.path) / "searches/mine"
+    name = folder.record.name
+    trainings = ["t0001", "t0001-from-t0002-3", "t0002", "t0010", "plain-0"]
+    for path in [*(f"runs/{name}-{each}" for each in trainings), "tune-1", "tune-2", "trials"]:
+        (place / path).mkdir(parents=True)
+        (place / path / "file").touch()
+    (place / "runs" / f"{name}-t0001" / "file").unlink()
+    folder.clean(["t0001", "plain-0", "t0099"])
+    left = sorted(path.name for path in (place / "runs").iterdir())
+    assert left == [f"{name}-t0002", f"{name}-t0010"]
+    assert sorted(path.name for path in place.iterdir()) == ["runs", "search.json", "trials"]
+
+
+def test_what_cannot_be_deleted_stays_and_the_rest_goes(tmp_path: Path, storage: Location) -> None:
+    folder, place = begun(tmp_path, storage), Path(storage.path) / "searches/mine"
+    for number in range(1, 4):
+        (place / f"tune-{number}").mkdir()
+    real = folder.place.filesystem
+
+    def delete_dir(path: str) -> None:
+        if path.endswith("tune-1"):
+            raise OSError("busy")
+        real.delete_dir(path)
+
+    busy = SimpleNamespace(get_file_info=real.get_file_info, delete_dir=delete_dir)
+    folder.place = replace(folder.place, filesystem=busy)
+    folder.clean([])
+    assert sorted(path.name for path in place.iterdir()) == ["search.json", "tune-1"]
 
 
 def test_the_winners_trainings_are_kept(tmp_path: Path, storage: Location) -> None:

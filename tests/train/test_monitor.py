@@ -132,6 +132,33 @@ def test_scores_that_are_not_finite_stop_the_run(role: Role, words: str, tmp_pat
         train(unseen, architecture_of(unseen), streams, LocalContext(tmp_path), score=False)
 
 
+class Locked(MemoryStreams):
+    """Images of `test` are not given out."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(*data_set(), config, rank=0, world_size=1)
+
+    def score_batches(
+        self, roles: Collection[Role], most: int | None = None
+    ) -> Iterator[ScoreBatch]:
+        if Role.TEST in roles:
+            raise LookupError("test was asked for")
+        for batch in super().score_batches(roles, most):
+            assert not (batch.role == Role.TEST.value).any()
+            yield batch
+
+
+def test_a_trial_of_a_search_never_asks_for_test(tmp_path: Path) -> None:
+    config = looking(config_of(CONVNEXT, train={"epochs": 2}), select_every=1)
+    architecture = architecture_of(config)
+    trained = train(
+        config, architecture, Locked(config), LocalContext(tmp_path / "trial"), score=False
+    )
+    assert all(parts(trained)[1])
+    with pytest.raises(LookupError, match="test was asked for"):
+        train(config, architecture, Locked(config), LocalContext(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(("every", "kept"), [(1, [1, 2, 3]), (2, [2]), (10, [])])
 def test_a_run_without_scores_ends_behind_its_last_epoch(
     every: int, kept: list[int], tmp_path: Path

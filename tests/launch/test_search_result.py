@@ -1,0 +1,64 @@
+"""The winner's recipe: where it is written, and when the search is shown again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch.silent import Silent
+
+from amint_ray.launch.search_folder import SearchFolder, SearchRecord
+from amint_ray.launch.search_result import shown_again
+from amint_ray.storage import Location, locate, write_atomically
+
+DONE: dict[str, Any] = {
+    "best": {"number": 3},
+    "recipe_file": "/elsewhere/mine-winner.yaml",
+    "final": None,
+    "next": "amint train /elsewhere/mine-winner.yaml",
+}
+
+
+class Remote(Location):
+    """A folder of this disk that counts as object storage."""
+
+    @property
+    def remote(self) -> bool:
+        return True
+
+
+def done(tmp_path: Path, document: dict[str, Any], *, remote: bool) -> SearchFolder:
+    place = locate(str(tmp_path), "test")
+    if remote:
+        place = Remote(**vars(place))
+    record = SearchRecord("mine", "f", {}, ended=True, document=document)
+    return SearchFolder(place, record)
+
+
+def test_a_done_search_on_object_storage_leaves_the_recipe_where_it_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    folder = done(tmp_path, DONE, remote=True)
+    with write_atomically(folder.place, "winner.yaml") as file:
+        file.write(b"name: digits\n")
+    document = shown_again(folder, Silent())
+    assert document["recipe_file"] == "mine-winner.yaml"
+    assert document["next"] == "amint train mine-winner.yaml"
+    assert (here / "mine-winner.yaml").read_text() == "name: digits\n"
+
+    (here / "mine-winner.yaml").unlink()
+    (here / "mine-winner.yaml").mkdir()  # which cannot be written
+    watcher = Silent()
+    document = shown_again(folder, watcher)
+    assert (document["recipe_file"], document["next"]) == (None, None)
+    assert "winner.yaml alone" in watcher.notices[0]
+
+
+def test_a_recipe_that_is_gone_is_not_named(tmp_path: Path) -> None:
+    assert shown_again(done(tmp_path, DONE, remote=False), Silent())["recipe_file"] is None
+    nothing = {**DONE, "best": None, "recipe_file": None, "next": None}
+    assert shown_again(done(tmp_path, nothing, remote=False), Silent()) == nothing
