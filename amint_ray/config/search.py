@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from amint_ray.config import space as spaces
 from amint_ray.config.load import (
+    configured,
     explain,
     fingerprint,
-    load_config,
     merge_override,
     nearest_key,
     read_tree,
@@ -64,12 +64,15 @@ class Search:
     Attributes:
         spec: the file's content, with what the command line changed.
         overrides: what the command line sets in every trial's configuration.
+        trees: by name, what each recipe of the search held when it was loaded; a file that is
+            edited later changes no trial.
         space: the parsed `spec.space`.
         base: the configuration that every trial starts from.
     """
 
     spec: SearchSpec
     overrides: tuple[str, ...]
+    trees: Mapping[str, DictConfig]
     space: Space
     base: Config
 
@@ -84,7 +87,7 @@ class Search:
             UserError: the settings do not go together.
         """
         own = {"train.seed": seed} if seed is not None else {}
-        return _config(self.spec, self.overrides, {**settings, **own})
+        return _config(self.spec, self.overrides, self.trees, {**settings, **own})
 
     @property
     def seed(self) -> int:
@@ -92,12 +95,17 @@ class Search:
         return self.base.train.seed
 
 
-def _config(spec: SearchSpec, overrides: Sequence[str], settings: Settings) -> Config:
+def _config(
+    spec: SearchSpec,
+    overrides: Sequence[str],
+    trees: Mapping[str, DictConfig],
+    settings: Settings,
+) -> Config:
     drawn = dict(settings)
     recipe = drawn.pop(RECIPE, spec.recipe)
     fixed = {**drawn, "evaluation.select_every": spec.report_every}
-    return load_config(
-        str(recipe),
+    return configured(
+        trees[str(recipe)],
         [
             *(f"{key}={_written(value)}" for key, value in spec.settings.items()),
             *overrides,
@@ -147,14 +155,28 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
         raise UserError(
             f"search: {file}: settings: unknown key {unknown[0]!r}{nearest_key(unknown[0])}"
         )
-    base = _config(spec, others, {})
+    trees = {spec.recipe: read_tree(spec.recipe)}
+    base = _config(spec, others, trees, {})
     if base.loss.lambda_mint == 0:
         raise UserError(
             "search: loss.lambda_mint = 0 in all trials: there is no MINT head to search for; "
             "leave it out (a constraint against the plain model trains that by itself)"
         )
-    space = _checked_space(spec, others)
-    return Search(spec, tuple(others), space, base)
+    space = _parsed_space(spec, others)
+    for name in _recipes(space):
+        if name not in trees:
+            try:
+                trees[name] = read_tree(name)
+            except UserError as error:
+                raise UserError(f"search: space: {first_line(error)}") from error
+    search = Search(spec, tuple(others), trees, space, base)
+    _check_values(search)
+    return search
+
+
+def _recipes(space: Space) -> list[str]:
+    """Names of the recipes that a space has."""
+    return list(dict.fromkeys(str(p[RECIPE]) for p in probes(space) if RECIPE in p))
 
 
 def _key_of(override: str) -> str:
@@ -173,11 +195,11 @@ def _validated(tree: DictConfig, file: str) -> SearchSpec:
         raise UserError("\n".join(f"search: {file}: {line}" for line in lines)) from error
 
 
-def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
-    """The space, each of whose values the configuration takes.
+def _parsed_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
+    """The space, all of whose keys are there and may be searched.
 
     Raises:
-        UserError: it does not.
+        UserError: one is not.
     """
     try:
         space = parse_space(spec.space)
@@ -198,9 +220,18 @@ def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
             grid(space)
         except ValueError as error:
             raise UserError(f"search: {error}") from error
-    for settings in probes(space)[:_MOST_PROBED]:
+    return space
+
+
+def _check_values(search: Search) -> None:
+    """Whether the configuration takes every value of the space.
+
+    Raises:
+        UserError: it does not.
+    """
+    for settings in probes(search.space)[:_MOST_PROBED]:
         try:
-            config = _config(spec, overrides, settings)
+            config = search.config(settings)
         except UserError as error:
             raise UserError(f"search: space: {first_line(error)}") from error
         if config.loss.lambda_mint == 0:
@@ -208,7 +239,6 @@ def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
                 "search: space.loss.lambda_mint: 0 is the model without the head, which says "
                 "nothing about membership; a constraint against the plain model trains it"
             )
-    return space
 
 
 def _check_key(key: str) -> None:
@@ -267,6 +297,7 @@ def search_fingerprint(search: Search) -> str:
 def identity(search: Search) -> dict[str, Any]:
     """What the fingerprint is over, by key."""
     values = search.spec.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    recipes = {str(p[RECIPE]): {RECIPE: p[RECIPE]} for p in probes(search.space) if RECIPE in p}
-    configurations = {name: fingerprint(search.config(own)) for name, own in recipes.items()}
+    configurations = {
+        name: fingerprint(search.config({RECIPE: name})) for name in _recipes(search.space)
+    }
     return {**values, "configuration": configurations or fingerprint(search.base)}

@@ -127,6 +127,22 @@ def test_a_trial_is_the_recipe_with_its_settings(file: Path) -> None:
     assert written(file, "train.epochs=6", settings={"train.epochs": 5}).base.train.epochs == 6
 
 
+def test_a_recipe_that_is_edited_later_changes_no_trial(file: Path) -> None:
+    names = ("one", "other")
+    recipes = [str(file.parent / f"{name}.yaml") for name in names]
+    for recipe in recipes:
+        Path(recipe).write_text("extends: digits\ntrain: {epochs: 3}\nmodel: {options: {a: 1}}")
+    options = {"model.options": {"b": 2}}
+    search = written(file, recipe=recipes[0], settings=options, space={"recipe": recipes[1]})
+    for recipe in recipes:
+        Path(recipe).write_text("extends: digits\ntrain: {epochs: 4}")
+    for name, recipe in zip(names, recipes, strict=True):
+        for _ in range(2):
+            config = search.config({"recipe": recipe})
+            assert (config.name, config.train.epochs, config.model.options) == (name, 3, {"b": 2})
+    assert search.config({}).train.epochs == 3
+
+
 def test_a_value_is_no_reference(file: Path) -> None:
     taps = {"mint.taps": {"choice": ["entry", "\\${mint.head}"]}}
     search = written(file, space=taps)
