@@ -50,6 +50,8 @@ _NOT_SEARCHED = {
     "tracking": "where a trial is recorded does not change it",
     "name": "the search names its trials",
 }
+_EACH_ITS_OWN = ("name", "train.seed")
+"""What recipes of one space may have otherwise, though it is not searched."""
 _MOST_PROBED = 500
 _NOT_IDENTITY = {
     *("budget", "final", "paper"),
@@ -88,6 +90,11 @@ class Search:
         """
         own = {"train.seed": seed} if seed is not None else {}
         return _config(self.spec, self.overrides, self.trees, {**settings, **own})
+
+    @property
+    def recipes(self) -> dict[str, Config]:
+        """The configurations, by recipe, that the space starts from; empty where it has none."""
+        return {name: self.config({RECIPE: name}) for name in _recipes(self.space)}
 
     @property
     def seed(self) -> int:
@@ -229,6 +236,7 @@ def _check_values(search: Search) -> None:
     Raises:
         UserError: it does not.
     """
+    _check_recipes(search)
     for settings in probes(search.space)[:_MOST_PROBED]:
         try:
             config = search.config(settings)
@@ -239,6 +247,41 @@ def _check_values(search: Search) -> None:
                 "search: space.loss.lambda_mint: 0 is the model without the head, which says "
                 "nothing about membership; a constraint against the plain model trains it"
             )
+
+
+def _check_recipes(search: Search) -> None:
+    """Whether the recipes agree on what must be the same for all trials.
+
+    Raises:
+        UserError: one does not.
+    """
+    base = search.base.model_dump()
+    try:
+        recipes = search.recipes
+    except UserError as error:
+        raise UserError(f"search: space: {first_line(error)}") from error
+    for name, config in recipes.items():
+        own = config.model_dump()
+        for key, reason in _NOT_SEARCHED.items():
+            here, there = (functools.reduce(_below, key.split("."), tree) for tree in (own, base))
+            if key not in _EACH_ITS_OWN and here != there:
+                key, here, there = _first_difference(key, here, there)
+                raise UserError(
+                    f"search: space.recipe: {name} has {key} = {here!r}, and {search.spec.recipe} "
+                    f"{there!r}: {reason}; give `settings` one for all"
+                )
+
+
+def _below(tree: dict[str, Any], key: str) -> Any:
+    return tree[key]
+
+
+def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The first key at or below this one at which two unequal values differ, and both."""
+    if not isinstance(a, dict) or not isinstance(b, dict) or set(a) != set(b):
+        return key, a, b
+    name = next(name for name in a if a[name] != b[name])
+    return _first_difference(f"{key}.{name}", a[name], b[name])
 
 
 def _check_key(key: str) -> None:
@@ -297,7 +340,5 @@ def search_fingerprint(search: Search) -> str:
 def identity(search: Search) -> dict[str, Any]:
     """What the fingerprint is over, by key."""
     values = search.spec.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    configurations = {
-        name: fingerprint(search.config({RECIPE: name})) for name in _recipes(search.space)
-    }
+    configurations = {name: fingerprint(config) for name, config in search.recipes.items()}
     return {**values, "configuration": configurations or fingerprint(search.base)}
