@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import hashlib
@@ -45,7 +46,20 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
         UserError: no such recipe, a file that does not parse, an unknown key, a wrong type, a
             value out of range. The text names key, value and what is allowed.
     """
-    tree = OmegaConf.create() if recipe is None else read_tree(recipe)
+    return configured(OmegaConf.create() if recipe is None else read_tree(recipe), overrides)
+
+
+def configured(tree: DictConfig, overrides: Sequence[str]) -> Config:
+    """The same from a recipe's tree, which stays as it is.
+
+    Args:
+        tree: as `read_tree` gives it.
+        overrides: as for `load_config`.
+
+    Raises:
+        UserError: likewise.
+    """
+    tree = copy.deepcopy(tree)
     for override in overrides:
         tree = merge_override(tree, override)
     try:

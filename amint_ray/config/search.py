@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from amint_ray.config import space as spaces
 from amint_ray.config.load import (
+    configured,
     explain,
     fingerprint,
-    load_config,
     merge_override,
     nearest_key,
     read_tree,
@@ -50,6 +50,8 @@ _NOT_SEARCHED = {
     "tracking": "where a trial is recorded does not change it",
     "name": "the search names its trials",
 }
+_EACH_ITS_OWN = ("name", "train.seed")
+"""What recipes of one space may have otherwise, though it is not searched."""
 _MOST_PROBED = 500
 _NOT_IDENTITY = {
     *("budget", "final", "paper"),
@@ -64,12 +66,15 @@ class Search:
     Attributes:
         spec: the file's content, with what the command line changed.
         overrides: what the command line sets in every trial's configuration.
+        trees: by name, what each recipe of the search held when it was loaded; a file that is
+            edited later changes no trial.
         space: the parsed `spec.space`.
         base: the configuration that every trial starts from.
     """
 
     spec: SearchSpec
     overrides: tuple[str, ...]
+    trees: Mapping[str, DictConfig]
     space: Space
     base: Config
 
@@ -84,7 +89,12 @@ class Search:
             UserError: the settings do not go together.
         """
         own = {"train.seed": seed} if seed is not None else {}
-        return _config(self.spec, self.overrides, {**settings, **own})
+        return _config(self.spec, self.overrides, self.trees, {**settings, **own})
+
+    @property
+    def recipes(self) -> dict[str, Config]:
+        """The configurations, by recipe, that the space starts from; empty where it has none."""
+        return {name: self.config({RECIPE: name}) for name in _recipes(self.space)}
 
     @property
     def seed(self) -> int:
@@ -92,12 +102,17 @@ class Search:
         return self.base.train.seed
 
 
-def _config(spec: SearchSpec, overrides: Sequence[str], settings: Settings) -> Config:
+def _config(
+    spec: SearchSpec,
+    overrides: Sequence[str],
+    trees: Mapping[str, DictConfig],
+    settings: Settings,
+) -> Config:
     drawn = dict(settings)
     recipe = drawn.pop(RECIPE, spec.recipe)
     fixed = {**drawn, "evaluation.select_every": spec.report_every}
-    return load_config(
-        str(recipe),
+    return configured(
+        trees[str(recipe)],
         [
             *(f"{key}={_written(value)}" for key, value in spec.settings.items()),
             *overrides,
@@ -147,14 +162,28 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
         raise UserError(
             f"search: {file}: settings: unknown key {unknown[0]!r}{nearest_key(unknown[0])}"
         )
-    base = _config(spec, others, {})
+    trees = {spec.recipe: read_tree(spec.recipe)}
+    base = _config(spec, others, trees, {})
     if base.loss.lambda_mint == 0:
         raise UserError(
             "search: loss.lambda_mint = 0 in all trials: there is no MINT head to search for; "
             "leave it out (a constraint against the plain model trains that by itself)"
         )
-    space = _checked_space(spec, others)
-    return Search(spec, tuple(others), space, base)
+    space = _parsed_space(spec, others)
+    for name in _recipes(space):
+        if name not in trees:
+            try:
+                trees[name] = read_tree(name)
+            except UserError as error:
+                raise UserError(f"search: space: {first_line(error)}") from error
+    search = Search(spec, tuple(others), trees, space, base)
+    _check_values(search)
+    return search
+
+
+def _recipes(space: Space) -> list[str]:
+    """Names of the recipes that a space has."""
+    return list(dict.fromkeys(str(p[RECIPE]) for p in probes(space) if RECIPE in p))
 
 
 def _key_of(override: str) -> str:
@@ -173,11 +202,11 @@ def _validated(tree: DictConfig, file: str) -> SearchSpec:
         raise UserError("\n".join(f"search: {file}: {line}" for line in lines)) from error
 
 
-def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
-    """The space, each of whose values the configuration takes.
+def _parsed_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
+    """The space, all of whose keys are there and may be searched.
 
     Raises:
-        UserError: it does not.
+        UserError: one is not.
     """
     try:
         space = parse_space(spec.space)
@@ -198,9 +227,19 @@ def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
             grid(space)
         except ValueError as error:
             raise UserError(f"search: {error}") from error
-    for settings in probes(space)[:_MOST_PROBED]:
+    return space
+
+
+def _check_values(search: Search) -> None:
+    """Whether the configuration takes every value of the space.
+
+    Raises:
+        UserError: it does not.
+    """
+    _check_recipes(search)
+    for settings in probes(search.space)[:_MOST_PROBED]:
         try:
-            config = _config(spec, overrides, settings)
+            config = search.config(settings)
         except UserError as error:
             raise UserError(f"search: space: {first_line(error)}") from error
         if config.loss.lambda_mint == 0:
@@ -208,7 +247,41 @@ def _checked_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
                 "search: space.loss.lambda_mint: 0 is the model without the head, which says "
                 "nothing about membership; a constraint against the plain model trains it"
             )
-    return space
+
+
+def _check_recipes(search: Search) -> None:
+    """Whether the recipes agree on what must be the same for all trials.
+
+    Raises:
+        UserError: one does not.
+    """
+    base = search.base.model_dump()
+    try:
+        recipes = search.recipes
+    except UserError as error:
+        raise UserError(f"search: space: {first_line(error)}") from error
+    for name, config in recipes.items():
+        own = config.model_dump()
+        for key, reason in _NOT_SEARCHED.items():
+            here, there = (functools.reduce(_below, key.split("."), tree) for tree in (own, base))
+            if key not in _EACH_ITS_OWN and here != there:
+                key, here, there = _first_difference(key, here, there)
+                raise UserError(
+                    f"search: space.recipe: {name} has {key} = {here!r}, and {search.spec.recipe} "
+                    f"{there!r}: {reason}; give `settings` one for all"
+                )
+
+
+def _below(tree: dict[str, Any], key: str) -> Any:
+    return tree[key]
+
+
+def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The first key at or below this one at which two unequal values differ, and both."""
+    if not isinstance(a, dict) or not isinstance(b, dict) or set(a) != set(b):
+        return key, a, b
+    name = next(name for name in a if a[name] != b[name])
+    return _first_difference(f"{key}.{name}", a[name], b[name])
 
 
 def _check_key(key: str) -> None:
@@ -267,6 +340,5 @@ def search_fingerprint(search: Search) -> str:
 def identity(search: Search) -> dict[str, Any]:
     """What the fingerprint is over, by key."""
     values = search.spec.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    recipes = {str(p[RECIPE]): {RECIPE: p[RECIPE]} for p in probes(search.space) if RECIPE in p}
-    configurations = {name: fingerprint(search.config(own)) for name, own in recipes.items()}
+    configurations = {name: fingerprint(config) for name, config in search.recipes.items()}
     return {**values, "configuration": configurations or fingerprint(search.base)}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from amint_ray.contracts import first_line
+from amint_ray.contracts import RunError, first_line
 from amint_ray.storage import Location, list_files, open_input, write_atomically
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -218,3 +218,22 @@ def common_reason(records: list[TrialRecord]) -> str:
     reasons = Counter(record.reason or "unknown" for record in records)
     ((reason, _),) = reasons.most_common(1)
     return first_line(Exception(reason))
+
+
+def check_outcome(ledger: Ledger) -> None:
+    """Whether anything was found.
+
+    Raises:
+        RunError: nothing was; the text says why, once.
+    """
+    if failed := ledger.where(lambda trial: trial.baseline and trial.state == "failed"):
+        raise RunError(
+            "search: the plain model (loss.lambda_mint = 0), which the constraint refers to, "
+            f"failed: {common_reason(failed)}"
+        )
+    failed = ledger.where(lambda trial: not trial.baseline and trial.state == "failed")
+    looked = ledger.where(lambda trial: not trial.baseline and bool(trial.history))
+    if failed and not looked:
+        raise RunError(
+            f"search: all {len(failed)} trials failed, most of them so: {common_reason(failed)}"
+        )

@@ -76,15 +76,26 @@ def base_of(search: Search) -> Config:
     # A trial's process has not the environment that may name the cluster here.
     settled = {"workers": base.cluster.workers or 1, "address": address_of(base.cluster)}
     base = base.model_copy(update={"cluster": base.cluster.model_copy(update=settled)})
-    if any(key in _ON_READING for key in spaces.keys(search.space)):
+    recipes = list(search.recipes.values())
+    if varied := [
+        key
+        for key in _ON_READING
+        if key in spaces.keys(search.space)
+        or any(_of_data(config, key) != _of_data(base, key) for config in recipes)
+    ]:
         if base.data.mode == "memory":
             raise UserError(
-                f"search: space: {', '.join(_ON_READING)} change how images are decoded, and "
-                "data.mode=memory decodes them once; take data.mode=streamed"
+                f"search: space: {', '.join(varied)} is not the same in all trials and changes how "
+                "images are decoded, and data.mode=memory decodes them once; take "
+                "data.mode=streamed"
             )
         data = base.data.model_copy(update={"mode": "streamed"})
         base = base.model_copy(update={"data": data})
     return base
+
+
+def _of_data(config: Config, key: str) -> Any:
+    return getattr(config.data, key.removeprefix("data."))
 
 
 def plan_search(search: Search, watcher: Watcher) -> Plan:

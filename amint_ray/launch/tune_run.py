@@ -19,7 +19,7 @@ from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
 from amint_ray.launch.cluster import address_of, connect, job_tags, local_cores
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
-from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
+from amint_ray.launch.ledger import Ledger, TrialRecord, check_outcome
 from amint_ray.launch.prepare import (
     Checked,
     Prepared,
@@ -379,24 +379,5 @@ def _search(
     ledger.catch_up()
     for trial in ledger.where(lambda trial: trial.training is not None):
         Receiver(str(trial.training)).close()  # what workers sent after their trial was stopped
-    _check_outcome(ledger)
+    check_outcome(ledger)
     folder.clean([trial.id for trial in ledger.where(lambda trial: trial.ended)])
-
-
-def _check_outcome(ledger: Ledger) -> None:
-    """Whether anything was found.
-
-    Raises:
-        RunError: nothing was; the text says why, once.
-    """
-    if failed := ledger.where(lambda trial: trial.baseline and trial.state == "failed"):
-        raise RunError(
-            "search: the plain model (loss.lambda_mint = 0), which the constraint refers to, "
-            f"failed: {common_reason(failed)}"
-        )
-    failed = ledger.where(lambda trial: not trial.baseline and trial.state == "failed")
-    looked = ledger.where(lambda trial: not trial.baseline and bool(trial.history))
-    if failed and not looked:
-        raise RunError(
-            f"search: all {len(failed)} trials failed, most of them so: {common_reason(failed)}"
-        )

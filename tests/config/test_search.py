@@ -127,6 +127,41 @@ def test_a_trial_is_the_recipe_with_its_settings(file: Path) -> None:
     assert written(file, "train.epochs=6", settings={"train.epochs": 5}).base.train.epochs == 6
 
 
+def test_a_recipe_that_is_edited_later_changes_no_trial(file: Path) -> None:
+    names = ("one", "other")
+    recipes = [str(file.parent / f"{name}.yaml") for name in names]
+    for recipe in recipes:
+        Path(recipe).write_text("extends: digits\ntrain: {epochs: 3}\nmodel: {options: {a: 1}}")
+    options = {"model.options": {"b": 2}}
+    search = written(file, recipe=recipes[0], settings=options, space={"recipe": recipes[1]})
+    for recipe in recipes:
+        Path(recipe).write_text("extends: digits\ntrain: {epochs: 4}")
+    for name, recipe in zip(names, recipes, strict=True):
+        for _ in range(2):
+            config = search.config({"recipe": recipe})
+            assert (config.name, config.train.epochs, config.model.options) == (name, 3, {"b": 2})
+    assert search.config({}).train.epochs == 3
+
+
+def test_recipes_of_one_space_have_the_same_images_and_measures(file: Path) -> None:
+    other = file.parent / "other.yaml"
+    space = {"b": {"branches": {"one": {"recipe": "digits"}, "two": {"recipe": str(other)}}}}
+    for content, says in (
+        ("data: {split_seed: 9}", "has data.split_seed = 9, and digits 0: trials with other"),
+        ("data: {external: {source: folder, path: x}}", "has data.external.source = 'folder', and"),
+        ("data: {readers: 3}", "has data.readers = 3, and digits None: images are read once"),
+        ("evaluation: {select_images: 77}", "has evaluation.select_images = 77, and digits "),
+        ("storage: {keep: 9}", "has storage.keep = 9, and digits "),
+    ):
+        other.write_text(f"extends: digits\n{content}")
+        found = complaint(file, space=space)
+        assert found.startswith(f"search: space.recipe: {other} {says}"), found
+    alike = written(file, settings={"storage.keep": 2}, space=space)
+    assert {config.storage.keep for config in alike.recipes.values()} == {2}
+    other.write_text("extends: digits\ntrain: {seed: 5, lr: 0.5}\nmodel: {backbone: resnet18}")
+    assert written(file, space=space).recipes[str(other)].train.lr == 0.5
+
+
 def test_a_value_is_no_reference(file: Path) -> None:
     taps = {"mint.taps": {"choice": ["entry", "\\${mint.head}"]}}
     search = written(file, space=taps)

@@ -67,7 +67,7 @@ def test_modules_are_those_of_the_backbone(tmp_path: Path) -> None:
             ["`modules` are those of one backbone, and the space has several"],
         ),
         (
-            {"mint.taps": {"modules": 2}, "recipe": {"choice": ["digits", "mnist_vit"]}},
+            {"mint.taps": {"modules": 2}, "recipe": "digits"},
             ["`modules` are those of one backbone, and the space has several"],
         ),
     ],
@@ -82,6 +82,13 @@ def test_images_that_are_decoded_otherwise_are_decoded_in_each_trial(tmp_path: P
     assert base_of(searched(tmp_path, space=space)).data.mode == "streamed"
     with pytest.raises(UserError, match=r"data\.mode=memory decodes them once"):
         base_of(searched(tmp_path, "data.mode=memory", space=space))
+    # A recipe can do it, too: 28 pixels are too few for DenseNet, whose recipe has 32.
+    names = {"recipe": {"choice": ["mnist_resnet50", "mnist_densenet121"]}}
+    assert base_of(searched(tmp_path, recipe="mnist_resnet50", space=names)).data.mode == "streamed"
+    with pytest.raises(UserError, match=r"space: data\.image_size is not the same in all trials"):
+        base_of(searched(tmp_path, "data.mode=memory", recipe="mnist_resnet50", space=names))
+    alike = {"recipe": {"choice": ["mnist_resnet50", "mnist_vit"]}}
+    assert base_of(searched(tmp_path, recipe="mnist_resnet50", space=alike)).data.mode != "streamed"
     assert base_of(searched(tmp_path)).cluster.workers == 1
     assert base_of(searched(tmp_path, "cluster.workers=2")).cluster.workers == 2
 
