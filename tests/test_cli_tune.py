@@ -136,12 +136,13 @@ def test_a_search_that_is_done_gives_what_it_gave(
         "ended": True,
         "spent": spent(search),
         "identity": identity(search),
-        "document": {"best": {"configuration": 3}},
+        "document": {"best": {"number": 3}, "final": None, "recipe_file": "/gone/winner.yaml"},
     }
     (kept / "searches/mine/search.json").write_text(json.dumps(record))
     assert main(["tune", file(tmp_path), f"storage.path={kept}", "--json"]) == 0
     captured = capfd.readouterr()
-    assert json.loads(captured.out) == {"best": {"configuration": 3}}
+    nothing = {"final": None, "recipe_file": None, "next": None}  # its file is not there any more
+    assert json.loads(captured.out) == {"best": {"number": 3}, **nothing}
     assert "this search is done" in captured.err
 
 
