@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -180,6 +182,19 @@ def test_a_run_that_ends_badly_is_marked(opening: Callable[..., Recording], kept
     run.mark("KILLED", watcher)
     assert [record.get("status") for record in kept.records] == [None, "KILLED"]
     assert watcher.notices == [f"MLflow run {'a' * 32} is marked KILLED"]
+
+
+def test_a_trial_s_run_that_has_arrived_leaves_no_thread(opening: Callable[..., Recording]) -> None:
+    before = set(threading.enumerate())
+    run, deadline = opening(OpenedRun("a" * 32, started=0)), time.monotonic() + 10
+    run.hear(epoch(1))
+    run.end("KILLED", {})
+    while not run.arrived():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_one_that_is_stopped_while_it_is_sent_stays_finished(
