@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from infra.local.stack import LocalStack
 
@@ -94,12 +96,25 @@ def ray_submit(stack: LocalStack, folder: Path, *arguments: str, name: str) -> R
 
 def mlflow_run(stack: LocalStack, experiment: str) -> tuple[str, dict[str, str]]:
     """The status and the tags of the only run of an experiment."""
+    _, run = _only_run(stack, experiment)
+    return run.info.status, run.data.tags
+
+
+def artifact(stack: LocalStack, experiment: str, name: str) -> str:
+    """The text of an artifact of the only run of an experiment."""
+    client, run = _only_run(stack, experiment)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", stack.environment["MLFLOW_TRACKING_URI"])
+        return Path(client.download_artifacts(run.info.run_id, name, folder)).read_text()
+
+
+def _only_run(stack: LocalStack, experiment: str) -> tuple[Any, Any]:
     import mlflow
 
     client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
     found = client.get_experiment_by_name(experiment)
     (run,) = client.search_runs([found.experiment_id])
-    return run.info.status, run.data.tags
+    return client, run
 
 
 def train_processes(stack: LocalStack) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -23,6 +24,7 @@ from launch.jobs import (
     Running,
     amint_submit,
     another_version,
+    artifact,
     doctor,
     environment_of,
     kept_checkpoints,
@@ -106,23 +108,13 @@ def test_a_cluster_of_another_ray_is_told_with_both_versions(
     assert f"the cluster has Ray 2.9.3, this machine {version('ray')}" in line
 
 
-def test_a_cluster_that_is_too_small_is_waited_for(stack: LocalStack, tmp_path: Path) -> None:
+def test_a_cluster_that_is_too_small_is_not_waited_for_in_vain(
+    stack: LocalStack, tmp_path: Path
+) -> None:
+    """One that grows in time is waited for in test_faults.py."""
     line = turned_away(stack, tmp_path, "cluster.workers=3", "cluster.wait_seconds=2")
     assert "cluster.workers = 3: the cluster has 2 cores and 0 GPUs on 2 nodes, room for 2" in line
     assert line.endswith("waited 2 s (cluster.wait_seconds)")
-
-    # Without its head, too: a model that has none is registered under another name.
-    grows = [*RUN, "cluster.workers=3", "cluster.wait_seconds=300", "loss.lambda_mint=0", "--json"]
-    command = Command(tmp_path, grows, environment=environment_of(stack))
-    command.wait_until(lambda: "waiting up to 300 s for it" in command.stderr)
-    stack.add_node("worker-2")
-    document = command.document()
-    assert document["workers"] == 3
-    assert document["model_uri"] == "models:/amint-digits-plain/1"
-    member = document["membership"]["member"]
-    assert member["auc"]["value"] is None
-    assert "lambda_mint" in member["auc"]["note"]
-    assert document["loss_threshold"]["member"]["auc"]["value"] is not None
 
 
 def test_a_folder_that_only_the_driver_sees_is_told_before_training(
@@ -222,7 +214,7 @@ def test_stopped_jobs_leave_no_workers_and_whole_checkpoints(
 def test_jobs_end_as_their_commands_do(stack: LocalStack, tmp_path: Path) -> None:
     """Four at once: two that succeed, one that fails, one with a mistake that the cluster finds.
 
-    One of those that succeed trains on a split that is confounded.
+    One of those that succeed has no head, the other trains on a split that is confounded.
     """
 
     def arguments(name: str, *more: str) -> list[str]:
@@ -231,7 +223,10 @@ def test_jobs_end_as_their_commands_do(stack: LocalStack, tmp_path: Path) -> Non
     mistaken = amint_submit(stack, tmp_path / "m", "--resume=nothing", *QUICK, name="mistaken")
     lost = amint_submit(stack, tmp_path / "l", *arguments("lost", "train.lr=1e30"), name="lost")
     by_amint = amint_submit(
-        stack, tmp_path / "a", *arguments("by-amint", "train.epochs=1"), name="by-amint"
+        stack,
+        tmp_path / "a",
+        *arguments("by-amint", "train.epochs=1", "loss.lambda_mint=0"),
+        name="by-amint",
     )
     confounded_digits(tmp_path / "train-0.parquet")
     with pytest.MonkeyPatch.context() as patch:
@@ -261,7 +256,7 @@ def test_jobs_end_as_their_commands_do(stack: LocalStack, tmp_path: Path) -> Non
         log = job.stdout + job.stderr
         assert name in log
         assert "amint: scoring every sample" in log, log
-        assert "models:/amint-digits/" in log
+        assert f"models:/amint-digits{'-plain' if job is by_amint else ''}/" in log
         assert kept_checkpoints(stack, f"{name} ä")
         assert ("confounded" in log.casefold()) == (job is by_ray)
     assert by_amint.document() == {
@@ -270,6 +265,11 @@ def test_jobs_end_as_their_commands_do(stack: LocalStack, tmp_path: Path) -> Non
         "exit_code": 0,
         "message": "Job finished successfully.",
     }
+    figures = json.loads(artifact(stack, "by-amint", "figures.json"))
+    member = figures["membership"]["member"]
+    assert member["auc"]["value"] is None
+    assert "lambda_mint" in member["auc"]["note"]
+    assert figures["loss_threshold"]["member"]["auc"]["value"] is not None
     told = by_ray.stdout + by_ray.stderr
     (warning,) = re.findall("^amint: WARNING: the split is confounded.*", told, re.MULTILINE)
     assert "member from test" in warning
