@@ -152,9 +152,22 @@ class Paper(Section):
         if not isinstance(cells, Mapping):
             return cells
         return {
-            row: {column: tuple(cell) for column, cell in columns.items()}
+            row: {c: tuple(cell) if isinstance(cell, list) else cell for c, cell in columns.items()}
+            if isinstance(columns, Mapping)
+            else columns
             for row, columns in cells.items()
         }
+
+    @model_validator(mode="after")
+    def _a_number_for_each_figure(self) -> Paper:
+        for row, columns in self.cells.items():
+            for column, cell in columns.items():
+                if len(cell) != len(self.figures):
+                    raise ValueError(
+                        f"cells.{row}.{column} = {list(cell)}: one number for each of "
+                        f"`figures` is needed ({', '.join(self.figures)})"
+                    )
+        return self
 
 
 def _one_or_several(value: Any) -> Any:

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+"""What MLflow takes as part of a parameter's name."""
 Settings = dict[str, Any]
 """Values by dotted key."""
 
@@ -189,6 +192,12 @@ def _modules(what: Any, where: str) -> Modules:
 def _branches(what: Any, where: str) -> Branches:
     if not isinstance(what, Mapping) or not what:
         raise ValueError(f"{where}: branches need at least one name with keys below it")
+    for name in (where.removeprefix("space."), *map(str, what)):
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{where}: {name!r} names branches: take letters, digits, '_', '-', '.' and '/' "
+                "between them"
+            )
     return Branches(
         {str(name): parse_space(below, f"{where}.{name}") for name, below in what.items()}
     )

@@ -169,6 +169,22 @@ def test_a_value_is_no_reference(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cells", "says"),
+    [
+        ({"a": 5}, "paper.cells.a = 5: input should be a mapping"),
+        ({"a": {"b": 5}}, "paper.cells.a.b = 5: input should be a list, such as [5]"),
+        ({"a": {"b": ["x", 1]}}, "paper.cells.a.b.0 = 'x'"),
+        ({"a": {"b": [1, 2], "c": [1]}}, "cells.a.c = [1.0]: one number for each of `figures`"),
+        ([1], "paper.cells = [1]"),
+    ],
+)
+def test_a_papers_cells_have_a_number_for_each_figure(file: Path, cells: Any, says: str) -> None:
+    paper = {"source": "s", "rows": "r", "columns": "c", "figures": ["task.accuracy", "task.loss"]}
+    assert says in complaint(file, paper={**paper, "cells": cells})
+    assert written(file, paper={**paper, "cells": {"a": {"b": [1, 2]}}}).spec.paper is not None
+
+
+@pytest.mark.parametrize(
     ("key", "says"),
     [
         ("loss.lamda_mint", "unknown key 'loss.lamda_mint', did you mean 'loss.lambda_mint'"),
