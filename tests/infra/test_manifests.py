@@ -341,7 +341,7 @@ def test_broken_shell_is_found(snippet: str) -> None:
 def test_commands_and_paths_of_the_page() -> None:
     page = read("README.md")
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     assert [block for block in blocks if bash_problem(block)] == []
     commands = "\n".join(blocks).replace("\\\n", " ")
     runs = re.findall(r"amint train [^\n]+", commands)
