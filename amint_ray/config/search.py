@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,11 +215,7 @@ def _parsed_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
     for key in spaces.keys(space):
         if key != RECIPE:
             _check_key(key)
-    for key in (*spec.settings, *map(_key_of, overrides)):
-        if key in space.parameters:
-            raise UserError(
-                f"search: {key} is set for all trials and is in the space, too; leave out one"
-            )
+    _check_set_once(spec, overrides, space)
     if spec.algorithm.name == "pbt":
         _check_perturbed(spec, space)
     if spec.algorithm.name == "grid" and not spaces.has_modules(space):
@@ -228,6 +224,32 @@ def _parsed_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
         except ValueError as error:
             raise UserError(f"search: {error}") from error
     return space
+
+
+def _check_set_once(spec: SearchSpec, overrides: Sequence[str], space: Space) -> None:
+    """Whether what is set for all trials counts in some, and from the command line in all.
+
+    Raises:
+        UserError: it does not; the space goes before it.
+    """
+    told = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    for tree, drawn in ((told, set(spaces.keys(space))), (spec.settings, spaces.always(space))):
+        for key in _leaves_of(tree):
+            for other in sorted(drawn):
+                if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+                    raise UserError(
+                        f"search: {key} is set for all trials and is in the space, too; leave out "
+                        "one"
+                    )
+
+
+def _leaves_of(tree: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a nested mapping's values."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves_of(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _check_values(search: Search) -> None:

@@ -223,6 +223,18 @@ def keys(space: Space) -> Iterator[str]:
             yield key
 
 
+def always(space: Space) -> set[str]:
+    """The keys of the configuration that every point sets."""
+    found: set[str] = set()
+    for key, parameter in space.parameters.items():
+        found |= (
+            set.intersection(*map(always, parameter.spaces.values()))
+            if isinstance(parameter, Branches)
+            else {key}
+        )
+    return found
+
+
 def with_modules(space: Space, names: Callable[[str | None], Sequence[str]]) -> Space:
     """The space with the backbone's modules filled in.
 

@@ -33,14 +33,16 @@ def evaluate(
         negatives: what the rows called `test` are, for whoever reads the figures.
 
     Returns:
-        `task.accuracy`; `membership.member` and `membership.withheld`, the MINT head's score on
-        that role against `test`; `loss_threshold.member` and `.withheld`, the same with the
-        negated task loss (Yeom et al., CSF 2018) as score. Leaves are `{value, low, high}`.
+        `task.accuracy`, and `task.loss`, the mean cross-entropy in nats, on `test`;
+        `membership.member` and `membership.withheld`, the MINT head's score on that role against
+        `test`; `loss_threshold.member` and `.withheld`, the same with the negated task loss (Yeom
+        et al., CSF 2018) as score. Leaves are `{value, low, high}`.
     """
     test = table.of(Role.TEST)
     accuracy = metrics.proportion(
         int((test.prediction == test.label).sum()), len(test), confidence=config.confidence
     )
+    loss = metrics.mean(test.task_loss, confidence=config.confidence)
     questions = (Role.MEMBER, Role.WITHHELD)
     head = {
         role.value: _membership(table, role, table.mint_logit, config, half=0.0, called=negatives)
@@ -50,7 +52,7 @@ def evaluate(
         head = _blank(head, "the MINT head was not trained (loss.lambda_mint = 0)")
     return {
         "confidence": config.confidence,
-        "task": {"accuracy": accuracy.as_dict()},
+        "task": {"accuracy": accuracy.as_dict(), "loss": loss.as_dict()},
         "membership": head,
         "loss_threshold": {
             role.value: _membership(

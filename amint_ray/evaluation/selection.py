@@ -15,7 +15,6 @@ import numpy as np
 
 from amint_ray.config.schema import Evaluation
 from amint_ray.contracts import Role, ScoreTable, leaves
-from amint_ray.evaluation import metrics
 from amint_ray.evaluation.report import evaluate
 
 NEGATIVES = "calibration (half)"
@@ -33,16 +32,13 @@ def selection_figures(
         head_trained: False where λ₂ = 0; then nothing is said of the head.
 
     Returns:
-        What `report.evaluate` does, and `task.loss`, the mean cross-entropy in nats.
+        What `report.evaluate` does.
     """
     table = table.kept(np.isin(table.role, [role.value for role in _READ]))
     measured = np.array([_measured(name) for name in table.sample_id.tolist()], np.bool_)
     measured &= table.role == Role.CALIBRATION.value
     table = replace(table, role=np.where(measured, Role.TEST.value, table.role))
-    figures = evaluate(table, config, head_trained=head_trained, negatives=NEGATIVES)
-    loss = metrics.mean(table.of(Role.TEST).task_loss, confidence=config.confidence)
-    figures["task"]["loss"] = loss.as_dict()
-    return figures
+    return evaluate(table, config, head_trained=head_trained, negatives=NEGATIVES)
 
 
 def selection_metrics(

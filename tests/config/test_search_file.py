@@ -22,6 +22,14 @@ CONTENT: dict[str, Any] = {
     "recipe": "digits",
     "space": {"mint.hidden": {"choice": [16, 32]}, "train.lr": {"loguniform": [1e-5, 1e-2]}},
 }
+BRANCHES: dict[str, Any] = {
+    "placement": {
+        "branches": {
+            "a": {"mint.taps": "entry", "mint.hidden": {"choice": [16, 32]}},
+            "b": {"mint.taps": "output"},
+        }
+    }
+}
 
 
 @pytest.fixture
@@ -222,6 +230,14 @@ def test_a_key_that_cannot_be_searched(file: Path, key: str, says: str) -> None:
         ({"settings": {"train.epoch": 3}}, [], "settings: unknown key 'train.epoch', did you mean"),
         ({"settings": {"mint.hidden": 3}}, [], "mint.hidden is set for all trials and is in the"),
         ({}, ["train.lr=0.1"], "train.lr is set for all trials and is in the space, too"),
+        ({"settings": {"mint": {"hidden": 3}}}, [], "mint.hidden is set for all trials and is in"),
+        ({}, ["train={lr: 0.1}"], "train.lr is set for all trials and is in the space, too"),
+        ({"space": BRANCHES}, ["mint.hidden=8"], "mint.hidden is set for all trials and is in the"),
+        (
+            {"space": BRANCHES, "settings": {"mint.taps": "entry"}},
+            [],
+            "mint.taps is set for all trials and is in the space, too",
+        ),
         ({}, ["loss.lambda_mint=0"], "there is no MINT head to search for"),
         ({}, ["budget.trails=4"], "did you mean 'budget.trials'"),
         ({}, ["budgt.trials=4"], "override 'budgt.trials=4': unknown key; the search file has"),
@@ -247,6 +263,12 @@ def test_a_mistake_is_one_line(
     file: Path, changes: dict[str, Any], overrides: list[str], says: str
 ) -> None:
     assert says in complaint(file, *overrides, **changes)
+
+
+def test_settings_are_for_the_branches_that_do_not_set_it(file: Path) -> None:
+    search = written(file, settings={"mint.hidden": 8}, space=BRANCHES)
+    found = [search.config(settings).mint.hidden for _, settings in grid(search.space)]
+    assert found == [16, 32, 8]
 
 
 def test_no_search_file(file: Path) -> None:
