@@ -306,5 +306,7 @@ def _population(search: Search) -> PopulationBasedTraining:
         hyperparam_mutations={"proposal": {"config": mutations}},
         custom_explore_fn=within,
         require_attrs=False,
+        # One that is ahead would have nobody to compare with, and exchange nothing.
+        synch=True,
         log_config=False,
     )

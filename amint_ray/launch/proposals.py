@@ -144,9 +144,8 @@ class Proposals(Searcher):  # type: ignore[misc]
     def _begun(self, identity: str) -> dict[str, Any]:
         """What Tune gives the trial, as `proposal`.
 
-        `id`; `config`, or why there is none as `invalid`; `baseline`, whether it is a plain
-        model; `plain`, what those had by epoch; and `training`, the name of the one that is to go
-        on.
+        `id`; `config`, or why there is none as `invalid`; `baseline`, whether it is a plain model;
+        and `plain`, what those had by epoch.
         """
         trial, config, invalid = self._ledger.trials[identity], None, None
         try:
@@ -162,7 +161,6 @@ class Proposals(Searcher):  # type: ignore[misc]
             "invalid": invalid,
             "baseline": trial.baseline,
             "plain": {} if trial.baseline else self._curve(),
-            "training": trial.training,
         }
         return {"proposal": proposal}
 

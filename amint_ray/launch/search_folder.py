@@ -177,8 +177,7 @@ class SearchFolder:
         """
         names = {f"{self.record.name}-{trial}" for trial in ended}
         for info in _folders(self.runs):
-            # One that took over another's weights says so in its name.
-            if info.base_name.partition("-from-")[0] in names:
+            if info.base_name.rpartition("-")[0] in names:  # behind it is what it was trained with
                 _remove(self.runs, info.path)
         for info in _folders(self.place):
             if info.base_name.startswith("tune-"):

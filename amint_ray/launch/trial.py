@@ -17,6 +17,7 @@ import ray.train
 from ray import tune
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
+from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
 from amint_ray.config.search_schema import Constraint, Objective
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
@@ -90,7 +91,7 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     # Of steps and machines the search is told nothing; Ray would keep it.
     silent = trained.tracking.model_copy(update={"enabled": False})
     trained = trained.model_copy(update={"tracking": silent})
-    run_name, inherit = _life(given.name, proposal)
+    run_name, inherit = _life(given.name, proposal["id"], trained)
     reporter = _Reporter(given, proposal, run_name)
     try:
         job = Job(
@@ -118,21 +119,21 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
         tune.report({"failed": first_line(error)})
 
 
-def _life(search: str, proposal: Mapping[str, Any]) -> tuple[str, ray.train.Checkpoint | None]:
-    """Name of the training, and the checkpoint of another trial that it goes on from, if any.
+def _life(search: str, trial: str, config: Config) -> tuple[str, ray.train.Checkpoint | None]:
+    """Name of the training, and the checkpoint of another one that it goes on from, if any.
 
-    A trial that takes over another's weights begins a training of its own; one that is only tried
-    again goes on with what it had.
+    A trial whose configuration was changed begins a training of its own, from the weights that it
+    took over; one that was only interrupted goes on with what it had.
     """
-    checkpoint, trial = tune.get_checkpoint(), proposal["id"]
+    run_name = f"{search}-{trial}-{training_fingerprint(config)[:8]}"
+    checkpoint = tune.get_checkpoint()
     if checkpoint is None:
-        return proposal["training"] or f"{search}-{trial}", None
+        return run_name, None
     with checkpoint.as_directory() as folder:
-        lineage = json.loads((Path(folder) / _LINEAGE).read_text())
-    if lineage["trial"] == trial:
-        return lineage["run_name"], None
-    inherit = ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem)
-    return f"{search}-{trial}-from-{lineage['trial']}-{lineage['epoch']}", inherit
+        giver = json.loads((Path(folder) / _LINEAGE).read_text())["run_name"]
+    if giver == run_name:
+        return run_name, None
+    return run_name, ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem)
 
 
 class _Reporter:
@@ -187,7 +188,7 @@ class _Reporter:
         if checkpoint is None:  # a later report has one
             tune.report(report)
             return
-        lineage = {"trial": self._proposal["id"], "run_name": self._run_name, "epoch": self._epoch}
+        lineage = {"run_name": self._run_name, "epoch": self._epoch}
         with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             shutil.copytree(folder, copy, dirs_exist_ok=True)

@@ -187,14 +187,14 @@ def test_a_search_in_which_something_is_found_wrong_leaves_no_trace(
 def test_what_nobody_goes_on_with_is_deleted(tmp_path: Path, storage: Location) -> None:
     folder, place = begun(tmp_path, storage), Path(storage.path) / "searches/mine"
     name = folder.record.name
-    trainings = ["t0001", "t0001-from-t0002-3", "t0002", "t0010", "plain-0"]
+    trainings = ["t0001-0a", "t0001-1b", "t0002-0a", "t0010-0a", "plain-0-2c"]
     for path in [*(f"runs/{name}-{each}" for each in trainings), "tune-1", "tune-2", "trials"]:
         (place / path).mkdir(parents=True)
         (place / path / "file").touch()
-    (place / "runs" / f"{name}-t0001" / "file").unlink()
+    (place / "runs" / f"{name}-t0001-0a" / "file").unlink()
     folder.clean(["t0001", "plain-0", "t0099"])
     left = sorted(path.name for path in (place / "runs").iterdir())
-    assert left == [f"{name}-t0002", f"{name}-t0010"]
+    assert left == [f"{name}-t0002-0a", f"{name}-t0010-0a"]
     assert sorted(path.name for path in place.iterdir()) == ["runs", "search.json", "trials"]
 
 
