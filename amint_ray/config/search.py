@@ -54,7 +54,7 @@ _EACH_ITS_OWN = ("name", "train.seed")
 """What recipes of one space may have otherwise, though it is not searched."""
 _MOST_PROBED = 500
 _NOT_IDENTITY = {
-    *("budget", "final", "paper"),
+    *("name", "budget", "final", "paper"),  # the name is that of the folder that is looked into
     *("recipe", "settings", "variables"),  # the configuration has what comes of these
 }
 

@@ -14,6 +14,7 @@ from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, Watcher
 from amint_ray.data.loading import check_roles
 from amint_ray.data.orders import stream_count
+from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import Views
 from amint_ray.launch.cluster import address_of, local_cores
 from amint_ray.launch.dataset import Dataset, confounders
@@ -141,11 +142,7 @@ def prepare(
             "start a new run with --new"
         )
     check_roles(dataset.index.manifest, config)
-    if "loss" in config.mint.inputs and (dataset.index.manifest.label < 0).any():
-        raise UserError(
-            "mint.inputs = [loss]: the head would read the task loss of external images that have "
-            "no label in the pool's classes; take mint.inputs=[logits], or label data.external"
-        )
+    check_labels(dataset.index.manifest, config)
     architecture = replace(checked.architecture, num_classes=len(dataset.index.class_names))
     run_name = _new_name(config) if earlier is None else earlier.run_name
     return Prepared(
@@ -160,6 +157,19 @@ def prepare(
         tracking_uri=checked.tracking_uri,
         earlier=earlier,
     )
+
+
+def check_labels(manifest: Manifest, config: Config) -> None:
+    """Whether the images have the labels that the head reads.
+
+    Raises:
+        UserError: some have none.
+    """
+    if "loss" in config.mint.inputs and (manifest.label < 0).any():
+        raise UserError(
+            "mint.inputs = [loss]: the head would read the task loss of external images that have "
+            "no label in the pool's classes; take mint.inputs=[logits], or label data.external"
+        )
 
 
 def _new_name(config: Config) -> str:

@@ -207,7 +207,8 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
     Args:
         search: what is asked for.
         storage: where runs and searches are kept.
-        watcher: is told where this has to wait, to see whether the search's driver lives.
+        watcher: is told the name of a new one, and where this has to wait, to see whether the
+            search's driver lives.
         new: begin a new one in any case; its folder gets a name of its own.
 
     Raises:
@@ -216,7 +217,9 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
     """
     fingerprint, name = search_fingerprint(search), search.spec.name
     if new:
-        name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        # Short enough to be a name itself, by which the search can be gone on with.
+        name = f"{name[:59]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        watcher.notice(f"to go on with this search: the same command, name={name} for --new")
     place = storage.below(f"searches/{name}")
     record, before = _read(place), beats(place)
     if record is not None and record.fingerprint != fingerprint:

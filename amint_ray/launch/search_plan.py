@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,17 +15,21 @@ from amint_ray.config import space as spaces
 from amint_ray.config.points import grid, probes
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
-from amint_ray.config.space import Space
+from amint_ray.config.search_schema import SearchSpec
+from amint_ray.config.space import Settings, Space
 from amint_ray.contracts import Role, ScoreTable, UserError, Watcher, first_line
+from amint_ray.data.loading import smallest_step
 from amint_ray.data.roles import Manifest
-from amint_ray.evaluation.selection import selection_metrics
+from amint_ray.evaluation.selection import selection_figures, selection_metrics
 from amint_ray.launch.cluster import address_of
 from amint_ray.launch.ledger import Ledger, TrialRecord
+from amint_ray.launch.prepare import check_labels, worker_rows
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.blocks import blocks
-from amint_ray.model.joint import plan_architecture
+from amint_ray.model.joint import Architecture, plan_architecture
 from amint_ray.model.placement import landmarks
 from amint_ray.model.survey import Site, survey
+from amint_ray.train.update import create_update
 
 _ON_READING = ("data.image_size", "data.channels", "data.crop_pct")
 """What must be the same for images that are held in memory."""
@@ -99,7 +104,7 @@ def _of_data(config: Config, key: str) -> Any:
 
 
 def plan_search(search: Search, watcher: Watcher) -> Plan:
-    """Whether each value of the space gives a model.
+    """Whether each value of the space gives a model that can be trained, and names are right.
 
     Args:
         search: what is asked for.
@@ -126,21 +131,58 @@ def plan_search(search: Search, watcher: Watcher) -> Plan:
             grid(space)
         except ValueError as error:
             raise UserError(f"search: {error}") from error
-    seen: set[str] = set()
-    for settings in probes(space):
+    plan = Plan(search, space, base)
+    _check_names(search)
+    architectures: dict[str, Architecture] = {}
+    for settings, config in _probed(plan):
         watcher.heartbeat()
-        config = search.config(settings)
         shape = (config.data.image_size, config.data.channels)
         key = f"{config.model!r} {config.mint!r} {shape}"
-        if key in seen or len(seen) == _MOST_ARCHITECTURES:
-            continue
-        seen.add(key)
-        try:
-            plan_architecture(config, num_classes=2)
-        except UserError as error:
-            told = ", ".join(f"{name}={value}" for name, value in settings.items())
-            raise UserError(f"search: space: {told}: {first_line(error)}") from error
-    return Plan(search, space, base)
+        with _at(settings):
+            create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
+            if key not in architectures and len(architectures) < _MOST_ARCHITECTURES:
+                architectures[key] = plan_architecture(config, num_classes=2)
+            if key in architectures:
+                _check_rows(config, architectures[key], _fewest_workers(plan))
+    return plan
+
+
+def _probed(plan: Plan) -> Iterator[tuple[Settings, Config]]:
+    """Trials that together have every option, and both ends, of every key."""
+    for settings in probes(plan.space):
+        yield settings, plan.search.config(settings)
+
+
+@contextmanager
+def _at(settings: Settings) -> Iterator[None]:
+    """Say where in the space something is wrong."""
+    try:
+        yield
+    except UserError as error:
+        told = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise UserError(f"search: space: {told}: {first_line(error)}") from error
+
+
+def _fewest_workers(plan: Plan) -> int:
+    workers = plan.base.cluster.workers
+    return workers[0] if isinstance(workers, tuple) else workers or 1
+
+
+def _check_rows(
+    config: Config, architecture: Architecture, workers: int, smallest: int | None = None
+) -> None:
+    """Whether a trial's steps have images for all its workers.
+
+    Raises:
+        UserError: they have not.
+    """
+    rows = worker_rows(config, architecture, smallest)
+    if workers > rows:
+        raise UserError(
+            f"cluster.workers = {workers}: more workers than images of D in a step or micro-batch "
+            f"(train.batch_size / train.accumulate has enough for {rows}); ask for fewer workers, "
+            "a larger batch or a smaller train.accumulate"
+        )
 
 
 class _Modules:
@@ -168,11 +210,51 @@ class _Modules:
         return [site.name for site in found]
 
 
-def check_metrics(plan: Plan, manifest: Manifest) -> None:
-    """Whether a trial will report what is asked for, which depends on how many images there are.
+def _check_names(search: Search) -> None:
+    """Whether a trial can report what is asked for, given enough images.
 
     Raises:
-        UserError: it will not; the text lists what it does report.
+        UserError: it cannot; the text lists what it can.
+    """
+    text, number, real = np.array([], np.str_), np.array([], np.int64), np.array([], np.float64)
+    nothing = ScoreTable(text, text, number, number, real, real)
+    # What is not known for want of images has its name there nevertheless.
+    figures = selection_figures(nothing, search.base.evaluation, head_trained=True)
+    _check_asked(search.spec, list(_names(figures)))
+    constraint = search.spec.constraint
+    if constraint is not None and constraint.wants_plain and "membership" in constraint.metric:
+        raise UserError(
+            f"search: constraint on {constraint.metric!r}: the plain model has no MINT head to "
+            "compare with; give at_least or at_most"
+        )
+
+
+def _names(figures: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The path of every figure, known or not."""
+    for key, value in figures.items():
+        if isinstance(value, dict) and "value" in value:
+            yield f"{prefix}{key}"
+        elif isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def _check_asked(spec: SearchSpec, reported: Sequence[str]) -> None:
+    asked = [(f"objective {o.metric!r}", o.metric) for o in spec.objective]
+    if spec.constraint is not None:
+        asked.append((f"constraint on {spec.constraint.metric!r}", spec.constraint.metric))
+    for what, metric in asked:
+        if metric not in reported:
+            raise UserError(
+                f"search: {what}: no trial reports that; there are {', '.join(sorted(reported))}"
+            )
+
+
+def check_on_images(plan: Plan, manifest: Manifest) -> None:
+    """What depends on how many images there are, and on their labels.
+
+    Raises:
+        UserError: a trial would not report what is asked for (the text lists what it does report),
+            or a value of the space does not go with these images.
     """
     told = (Role.MEMBER, Role.WITHHELD, Role.CALIBRATION)
     rows = np.isin(manifest.role, [role.value for role in told])
@@ -191,21 +273,16 @@ def check_metrics(plan: Plan, manifest: Manifest) -> None:
         for name in selection_metrics(table, plan.base.evaluation, head_trained=True)
         if not name.endswith((".low", ".high"))
     ]
-    spec = plan.search.spec
-    asked = [(f"objective {o.metric!r}", o.metric) for o in spec.objective]
-    if spec.constraint is not None:
-        asked.append((f"constraint on {spec.constraint.metric!r}", spec.constraint.metric))
-    for what, metric in asked:
-        if metric not in reported:
-            raise UserError(
-                f"search: {what}: no trial reports that; there are {', '.join(sorted(reported))}"
-            )
-    constraint = spec.constraint
-    if constraint is not None and constraint.wants_plain and "membership" in constraint.metric:
-        raise UserError(
-            f"search: constraint on {constraint.metric!r}: the plain model has no MINT head to "
-            "compare with; give at_least or at_most"
-        )
+    _check_asked(plan.search.spec, reported)
+    workers = _fewest_workers(plan)
+    for settings, config in _probed(plan):
+        with _at(settings):
+            check_labels(manifest, config)
+            smallest = smallest_step(manifest, config)
+            # Only where rows are few does it matter whether the backbone needs two a worker.
+            if smallest // config.train.accumulate < 2 * workers:
+                architecture = plan_architecture(config, num_classes=2)
+                _check_rows(config, architecture, workers, smallest)
 
 
 def first_trials(plan: Plan) -> tuple[list[TrialRecord], int]:

@@ -35,7 +35,7 @@ from amint_ray.launch.search_folder import SearchFolder, open_search, spent
 from amint_ray.launch.search_plan import (
     Plan,
     base_of,
-    check_metrics,
+    check_on_images,
     first_trials,
     plan_search,
 )
@@ -135,7 +135,7 @@ def _carry_out(
     dataset = None
     if config.data.mode == "memory":
         dataset = load_here(config, source, watcher)
-        check_metrics(plan, dataset.index.manifest)
+        check_on_images(plan, dataset.index.manifest)
     address = address_of(config.cluster)
     watcher.phase("starting Ray")
     with connect(address, verbose=verbose):
@@ -143,7 +143,7 @@ def _carry_out(
             wait_for_room(config.cluster, watcher)
         if dataset is None:
             dataset = index_on_ray(config, source, checked.storage, watcher)
-            check_metrics(plan, dataset.index.manifest)
+            check_on_images(plan, dataset.index.manifest)
         prepared = prepare(config, checked, dataset, watcher)
         room = _room(plan, prepared, watcher, joined=address is not None)
         workers = room.workers if isinstance(room.workers, int) else room.workers[1]

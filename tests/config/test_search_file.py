@@ -342,7 +342,7 @@ def test_the_fingerprint_is_of_what_is_searched_and_not_of_what_is_spent(file: P
     mark = search_fingerprint(written(file))
     for override in (
         *("budget.trials=99", "budget.hours=1", "budget.concurrent=3", "final.seeds=1"),
-        *("cluster.workers=2", "storage.path=elsewhere", "tracking.enabled=false"),
+        *("cluster.workers=2", "storage.path=elsewhere", "tracking.enabled=false", "name=other"),
     ):
         assert search_fingerprint(written(file, override)) == mark, override
     assert search_fingerprint(written(file, settings={"tracking.enabled": False})) == mark

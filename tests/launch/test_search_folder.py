@@ -112,6 +112,17 @@ def test_a_new_one_beside_it(tmp_path: Path, storage: Location) -> None:
     assert begun(tmp_path, storage).record.name == first.record.name
 
 
+def test_a_new_one_can_be_gone_on_with_by_its_name(tmp_path: Path, storage: Location) -> None:
+    for overrides in ([], [f"name={'n' * 80}"]):
+        watcher = Silent()
+        new = open_search(searched(tmp_path, *overrides), storage, watcher, new=True)
+        new.note(run_id="abc")
+        (notice,) = watcher.notices
+        (name,) = (word.rstrip(",") for word in notice.split() if word.startswith("name="))
+        again = open_search(searched(tmp_path, name), storage, Silent(), new=False)
+        assert (again.place.uri, again.record.run_id) == (new.place.uri, "abc")
+
+
 @pytest.mark.parametrize("text", ['{"name": ', "null", '{"name": "a"}', ""])
 def test_a_record_that_is_damaged(tmp_path: Path, storage: Location, text: str) -> None:
     begun(tmp_path, storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from amint_ray.config.space import Branches, Modules
 from amint_ray.contracts import UserError
 from amint_ray.data.roles import Manifest
 from amint_ray.launch.ledger import Ledger, TrialRecord
-from amint_ray.launch.search_plan import Plan, base_of, check_metrics, first_trials, plan_search
+from amint_ray.launch.search_plan import Plan, base_of, check_on_images, first_trials, plan_search
 
+PLAIN_RESNET = ["model.backbone=resnet18", "model.options={}", "mint.taps=middle"]
 STAGES = tuple(f"stages.{number}" for number in range(4))
 
 
@@ -112,22 +114,63 @@ def test_a_metric_that_no_trial_reports(tmp_path: Path) -> None:
     ):
         plan = plan_of(searched(tmp_path, **changes))
         with pytest.raises(UserError) as told:
-            check_metrics(plan, manifest(400))
+            check_on_images(plan, manifest(400))
         text = str(told.value)
         assert text.startswith(f"search: {what}: no trial reports that; there are ")
         listed = text.partition("there are ")[2].split(", ")
         assert {"task.accuracy", "task.loss", "membership.withheld.auc"} <= set(listed)
         assert not any(name.endswith((".low", ".high")) for name in listed)
     # Enough images for ten false positives in a thousand: half of calibration counts.
-    check_metrics(plan_of(searched(tmp_path, objective={"metric": rare})), manifest(25_000))
+    check_on_images(plan_of(searched(tmp_path, objective={"metric": rare})), manifest(25_000))
 
 
 def test_the_plain_model_has_no_membership(tmp_path: Path) -> None:
     limit = {"metric": "membership.member.auc", "most_below_plain": 0.1}
-    with pytest.raises(UserError, match="has no MINT head to compare with; give at_least or"):
-        check_metrics(plan_of(searched(tmp_path, constraint=limit)), manifest(400))
+    found = complaint(searched(tmp_path, constraint=limit))
+    assert "has no MINT head to compare with; give at_least or" in found
     absolute = {"metric": "membership.member.auc", "at_least": 0.1}
-    check_metrics(plan_of(searched(tmp_path, constraint=absolute)), manifest(400))
+    one = {"mint.hidden": {"choice": [8, 16]}}
+    plan_search(searched(tmp_path, constraint=absolute, space=one), Silent())
+
+
+def test_a_name_that_no_number_of_images_gives_is_told_before_they_are_read(tmp_path: Path) -> None:
+    for changes, what in (
+        ({"objective": {"metric": "task.acuracy"}}, "objective 'task.acuracy'"),
+        ({"constraint": {"metric": "accuracy", "at_least": 1}}, "constraint on 'accuracy'"),
+    ):
+        found = complaint(searched(tmp_path, **changes))
+        assert found.startswith(f"search: {what}: no trial reports that; there are ")
+        listed = set(found.partition("there are ")[2].split(", "))
+        assert {"task.accuracy", "task.loss", "membership.member.tpr_at_fpr.0.001"} <= listed
+        assert not any(name.endswith((".low", ".high")) for name in listed)
+    rare = {"metric": "membership.member.tpr_at_fpr.0.001"}  # depends on how many there are
+    one = {"mint.hidden": {"choice": [8, 16]}}
+    plan_search(searched(tmp_path, objective=rare, space=one), Silent())
+
+
+def test_what_trains_no_model(tmp_path: Path) -> None:
+    for space, overrides, says in (
+        ({"train.batch_size": {"choice": [64, 4]}}, ["cluster.workers=8"], "cluster.workers = 8: "),
+        # BatchNorm needs two images.
+        ({"train.accumulate": {"choice": [1, 32]}}, PLAIN_RESNET, "micro-batches"),
+        ({"train.optimizer": {"choice": ["adamw", "adamv"]}}, [], "'adamv': timm has no such"),
+    ):
+        found = complaint(searched(tmp_path, *overrides, space=space))
+        assert found.startswith("search: space: train.") and says in found, found
+
+
+def test_what_does_not_go_with_the_images(tmp_path: Path) -> None:
+    few = {"train.batch_size": {"choice": [20, 41]}}  # 2 × 400 are 20 steps of 40
+    plan = plan_search(searched(tmp_path, "cluster.workers=20", space=few), Silent())
+    check_on_images(plan, manifest(400))
+    with pytest.raises(UserError, match=r"space: train\.batch_size=20: cluster\.workers = 20"):
+        check_on_images(plan, manifest(399))  # 40 steps, the smallest of 19
+    inputs = {"mint.inputs": {"choice": [["logits"], ["loss"]]}}
+    plan, found = plan_of(searched(tmp_path, space=inputs)), manifest(400)
+    check_on_images(plan, found)
+    unknown = replace(found, label=np.where(np.arange(1200) == 7, -1, found.label))
+    with pytest.raises(UserError, match=r"space: mint\.inputs=\['loss'\]: .* no label"):
+        check_on_images(plan, unknown)
 
 
 def test_a_trials_configuration(tmp_path: Path) -> None:
