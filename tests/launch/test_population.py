@@ -77,7 +77,7 @@ def test_a_population_that_was_stopped_leaves_nothing_running_and_goes_on(
     (tmp_path / "population.yaml").write_text(SEARCH)
     arguments = ["tune", "population.yaml", "storage.path=s3://amint/runs"]
     first = Command(tmp_path, arguments, environment=stack.environment)
-    first.wait_until(lambda: max(looks(monkeypatch, stack), default=0) >= 5)
+    first.wait_until(lambda: max(looks(monkeypatch, stack), default=0) >= 1)
     first.interrupt(signal.SIGINT)
     assert first.wait() == 128 + signal.SIGINT
     assert "2 MLflow runs of trials are marked KILLED" in first.stderr
@@ -108,5 +108,5 @@ def test_a_population_that_was_stopped_leaves_nothing_running_and_goes_on(
         assert trial["settings"]["train.lr"] == values[-1]
         assert runs[trial["run_id"]].data.params["cluster.workers"] == "2"
     # Nobody began from scratch, whosever weights it took over.
-    assert "go on after epoch 4" in first.stderr + second.stderr
+    assert "go on after epoch 4" in second.stderr
     assert placement_groups(stack) == []
