@@ -174,10 +174,13 @@ class _Reporter:
             "notices": self._notices,
         }
         self._entries, self._notices = [], []
-        if self._proposal["baseline"]:
-            del report["score"]  # by which the scheduler would compare it with the trials
         every = self._given.hand_over
-        if every and self._epoch % every == 0:
+        last = self._epoch == self._proposal["config"]["train"]["epochs"]
+        # By its score the scheduler would compare a plain model with the trials; and have a member
+        # of a population that is done take over another's weights, to do nothing with them.
+        if self._proposal["baseline"] or (every and last):
+            del report["score"]
+        if every and not last and self._epoch % every == 0:
             self._hand_over(report)
         else:
             tune.report(report)

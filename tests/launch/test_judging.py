@@ -88,7 +88,10 @@ def reports(
         objectives=[Objective(metric=AUC)],
         constraint=BELOW,
     )
-    arguments = {"id": "t", "baseline": baseline, "plain": {} if baseline else {"2": 0.9, "5": 0.8}}
+    arguments: dict[str, Any] = {"id": "t", "baseline": baseline, "plain": {}}
+    arguments["config"] = {"train": {"epochs": 5}}
+    if not baseline:
+        arguments["plain"] = {"2": 0.9, "5": 0.8}
     reporter = trials._Reporter(given, arguments, "search-t")
     reporter.notice("slow")
     for epoch in (1, 2, 2, 3, 4, 5):  # one that is tried again begins where it was
