@@ -348,6 +348,11 @@ def _check_perturbed(spec: SearchSpec, space: Space) -> None:
                 f"search: algorithm.perturb: {key!r} cannot change in mid-run; there are "
                 "loss.lambda_mint, loss.lambda_task, train.lr and train.weight_decay"
             )
+    if others := [key for key in space.parameters if key not in spec.algorithm.perturb]:
+        raise UserError(
+            f"search: space.{others[0]}: members of a population take over each other's weights; "
+            "they may differ in algorithm.perturb alone, so take it out of the space"
+        )
 
 
 def search_fingerprint(search: Search) -> str:

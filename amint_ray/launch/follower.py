@@ -106,8 +106,8 @@ def _tune(
             num_samples=1 if listed else settings.planned,
             max_concurrent_trials=settings.concurrent,
             time_budget_s=left,
-            trial_name_creator=_identity,
-            trial_dirname_creator=_identity,
+            trial_name_creator=_proposed,
+            trial_dirname_creator=_proposed,
         ),
         run_config=tune.RunConfig(
             name=settings.name,
@@ -123,9 +123,14 @@ def _tune(
     tuner.fit()
 
 
-def _identity(trial: Any) -> str:
-    """The trial's name in the ledger."""
+def _proposed(trial: Any) -> str:
+    """What a trial that Tune creates is to be called: as in the ledger."""
     return str(trial.config["proposal"]["id"])
+
+
+def _identity(trial: Any) -> str:
+    """The trial's name in the ledger; a member of a population may have another's proposal."""
+    return str(trial.custom_trial_name)
 
 
 class _Hopeless(tune.Stopper):  # type: ignore[misc]

@@ -91,7 +91,8 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     # Of steps and machines the search is told nothing; Ray would keep it.
     silent = trained.tracking.model_copy(update={"enabled": False})
     trained = trained.model_copy(update={"tracking": silent})
-    run_name, inherit = _life(given.name, proposal["id"], trained)
+    # Its own name: a member of a population may have been given another's proposal.
+    run_name, inherit = _life(given.name, tune.get_context().get_trial_name(), trained)
     reporter = _Reporter(given, proposal, run_name)
     try:
         job = Job(

@@ -209,7 +209,7 @@ def test_what_the_population_changed_is_in_settings_and_parameters(tmp_path: Pat
         ledger, Children(where, ledger), proposing(search, Ledger(None)), lambda trial: search.base
     )
     report = {"epoch": 2, "figures": {}, "violation": None, "training": "x", "notices": []}
-    tuned = SimpleNamespace(config={"proposal": {"id": "t0000"}})
+    tuned = SimpleNamespace(custom_trial_name="t0000", config={"proposal": {"id": "t0001"}})
     told = {**report, "entries": [], "perturbed": {key: 0.6}}
     follower.on_trial_result(1, [], tuned, told)
     record = ledger.trials["t0000"]
