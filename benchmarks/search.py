@@ -1,12 +1,13 @@
 """What early stopping saves a search, what a search costs beside its trials, and what it finds.
 
-    python -m benchmarks.search [--seeds 5] [--trials 12] [--cifar10 FOLDER] [--json]
+    python -m benchmarks.search [--seeds 5] [--trials 12] [--cifar10 FOLDER] [--no-alone] [--json]
     python -m benchmarks.search --winner [--cifar10 FOLDER]
 
 Without `--winner`: for each seed the same random configurations are searched with ASHA and without
 (seed s sets what is drawn, the split and the training), and of the first seed's trials each is
-trained alone by `amint train`. With it: one search by TPE, whose winner is trained again with three
-seeds beside the recipe as it is. With `--cifar10` on a tenth of CIFAR-10 (ResNet-18), else digits.
+trained alone by `amint train` (not with `--no-alone`). With it: one search by TPE, whose winner is
+trained again with three seeds beside the recipe as it is. With `--cifar10` on a tenth of CIFAR-10
+(ResNet-18), else digits.
 """
 
 from __future__ import annotations
@@ -96,9 +97,11 @@ def _epochs(document: dict[str, Any]) -> int:
     return sum(trial["epoch"] for trial in document["trials"])
 
 
-def compare(recipe: str, common: Sequence[str], *, seeds: int, trials: int) -> dict[str, Any]:
-    """The same configurations with ASHA and without, by seed."""
-    rows = []
+def compare(
+    recipe: str, common: Sequence[str], *, seeds: int, trials: int, alone: bool
+) -> dict[str, Any]:
+    """The same configurations with ASHA and without, by seed; and those of the first seed alone."""
+    rows, by_itself = [], None
     for seed in range(seeds):
         of_seed = [
             *common,
@@ -126,10 +129,10 @@ def compare(recipe: str, common: Sequence[str], *, seeds: int, trials: int) -> d
                 },
             }
         )
-        if seed == 0:
-            alone = trained_alone(recipe, [o for o in of_seed if _of_configuration(o)], whole)
+        if seed == 0 and alone:
+            by_itself = trained_alone(recipe, [o for o in of_seed if _of_configuration(o)], whole)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return {"rows": rows, "alone": alone}
+    return {"rows": rows, "alone": by_itself}
 
 
 def _of_configuration(override: str) -> bool:
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--cifar10", metavar="FOLDER")
+    parser.add_argument("--no-alone", action="store_true")
     parser.add_argument("--winner", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -166,7 +170,9 @@ def main() -> None:
         found = amint_tune(recipe, [*common, *asked, f"budget.trials={options.trials}"])
         json.dump({key: found[key] for key in ("best", "baseline", "final")}, sys.stdout, indent=1)
         return
-    found = compare(recipe, common, seeds=options.seeds, trials=options.trials)
+    found = compare(
+        recipe, common, seeds=options.seeds, trials=options.trials, alone=not options.no_alone
+    )
     if options.json:
         json.dump(found, sys.stdout, indent=2)
         return
@@ -180,8 +186,9 @@ def main() -> None:
         same = "yes" if row["same_winner"] else "no"
         print(f"| {row['seed']} | {cut} | {whole} | {cut / whole:.2f} | {walls} | {same} |")
     first = [row["first_step"][name] for row in found["rows"] for name in ("asha", "none")]
-    alone = found["alone"]
     print(f"\nfirst step of the first trial: median {statistics.median(first):.0f} s")
+    if (alone := found["alone"]) is None:
+        return
     print(
         f"trials alone, one by one: {alone['wall']:.0f} s, of which workers and training "
         f"{alone['workers_and_training']:.0f} s; the search, two at a time: {alone['search']:.0f} s"
