@@ -23,6 +23,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from amint_ray.config.search import Search, identity, search_fingerprint
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.kept import read_kept
 from amint_ray.launch.runs import beating, beats, standing_still
 from amint_ray.storage import Location, delete, open_input, write_atomically
 
@@ -187,10 +188,10 @@ class SearchFolder:
         """The document of one of the winner's trainings, if it was done."""
         try:
             with open_input(self.place, f"final/{name}.json") as file:
-                found: dict[str, Any] = json.loads(file.read())
-                return found
+                found: Any = json.loads(file.read())
         except (FileNotFoundError, ValueError):
             return None
+        return found if isinstance(found, dict) else None
 
     def note_final(self, name: str, document: dict[str, Any]) -> None:
         """Keep the document of one of the winner's trainings."""
@@ -248,10 +249,10 @@ def _read(place: Location) -> SearchRecord | None:
     """
     try:
         with open_input(place, _RECORD) as file:
-            return SearchRecord(**json.loads(file.read()))
+            return read_kept(SearchRecord, file.read())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"search: {place.uri}/{_RECORD} is damaged ({first_line(error)}); remove the folder, "
             "or give the search another name (name=OTHER)"

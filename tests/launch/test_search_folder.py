@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,12 +124,39 @@ def test_a_new_one_can_be_gone_on_with_by_its_name(tmp_path: Path, storage: Loca
         assert (again.place.uri, again.record.run_id) == (new.place.uri, "abc")
 
 
-@pytest.mark.parametrize("text", ['{"name": ', "null", '{"name": "a"}', ""])
-def test_a_record_that_is_damaged(tmp_path: Path, storage: Location, text: str) -> None:
-    begun(tmp_path, storage)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"name": ', ""),
+        ("null", ""),
+        ('{"name": "a"}', "fingerprint: "),
+        ("", ""),
+        ("[1]", ""),
+        ('{"of_another_version": 1}', "of_another_version"),
+        ('{"name": 3}', "name: "),
+        ('{"identity": [1]}', "identity: "),
+        ('{"attempts": "twice"}', "attempts: "),
+        ('{"ended": "yes"}', "ended: "),
+        ('{"document": 5}', "document: "),
+    ],
+)
+def test_a_record_that_is_damaged(tmp_path: Path, storage: Location, text: str, says: str) -> None:
+    folder = begun(tmp_path, storage)
+    if says and says != "fingerprint: ":  # all else is as it was
+        text = json.dumps(asdict(folder.record) | json.loads(text))
     (Path(storage.path) / "searches/mine/search.json").write_text(text)
-    with pytest.raises(UserError, match=r"mine/search\.json is damaged .*remove the folder, or"):
+    with pytest.raises(UserError) as told:
         open_search(searched(tmp_path), storage, Silent(), new=False)
+    found = str(told.value)
+    assert "mine/search.json is damaged (" in found and "remove the folder, or" in found
+    assert says in found and "\n" not in found
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path, storage: Location) -> None:
+    figures = {"best": {"auc": float("nan"), "epoch": 3}, "final": None}
+    begun(tmp_path, storage).note(seconds=9, document=figures)
+    found = open_search(searched(tmp_path), storage, Silent(), new=False).record
+    assert repr(found.document) == repr(figures)
 
 
 def test_a_search_whose_driver_lives_is_not_taken_over(tmp_path: Path, storage: Location) -> None:
@@ -232,4 +260,6 @@ def test_the_winners_trainings_are_kept(tmp_path: Path, storage: Location) -> No
     folder.note_final("winner-1", {"run_id": "abc"})
     assert begun(tmp_path, storage).final("winner-1") == {"run_id": "abc"}
     (Path(storage.path) / "searches/mine/final/winner-1.json").write_text('{"run')
+    assert folder.final("winner-1") is None
+    (Path(storage.path) / "searches/mine/final/winner-1.json").write_text("[1]")
     assert folder.final("winner-1") is None
