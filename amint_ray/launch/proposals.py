@@ -23,7 +23,7 @@ from amint_ray.config.search import Search
 from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
 from amint_ray.config.space import Settings, Space, draw
 from amint_ray.contracts import UserError, first_line
-from amint_ray.launch.ledger import Ledger, TrialRecord
+from amint_ray.launch.ledger import PLAIN, Ledger, TrialRecord
 
 _CONSTRAINT = "constraint"
 
@@ -54,7 +54,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         self._interrupted = [trial.id for trial in before if not trial.ended]
         self._plain = self._plain_trials()
         self._unbegun = [trial.id for trial in self._plain if not trial.ended]
-        self._next = 1 + max((trial.configuration for trial in before), default=-1)
+        self._taken = {trial.configuration for trial in before}
         self._seeds: list[tuple[int, Settings, Settings, int]] = []
         self._study = optuna.create_study(
             sampler=_sampler(search, already=len(before)),
@@ -63,7 +63,7 @@ class Proposals(Searcher):  # type: ignore[misc]
                 for objective in search.spec.objective
             ],
         )
-        for number in sorted({trial.configuration for trial in before}):
+        for number in sorted(self._taken):
             self._remember(number)
 
     @property
@@ -74,7 +74,7 @@ class Proposals(Searcher):  # type: ignore[misc]
     @property
     def left(self) -> bool:
         """Whether there is anything to be run."""
-        new = self._next < self._configurations
+        new = self._next is not None
         return not self._in_vain and bool(self._unbegun or self._interrupted or self._seeds or new)
 
     @property
@@ -90,7 +90,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         if constraint is None or not constraint.wants_plain:
             return []
         for number in range(self._search.spec.seeds):
-            identity = f"plain-{number}"
+            identity = f"{PLAIN}{number}"
             if identity not in self._ledger.trials:
                 seed, without = self._search.seed + number, {"loss.lambda_mint": 0}
                 self._ledger.add(TrialRecord(identity, -1, seed, {}, without, baseline=True))
@@ -107,6 +107,15 @@ class Proposals(Searcher):  # type: ignore[misc]
             return asked or TRIALS_BY_DEFAULT
         return min(asked or len(self._grid), len(self._grid))
 
+    @property
+    def _next(self) -> int | None:
+        """Number of the next configuration, or of one whose trials were forgotten; None: no more.
+
+        A grid's numbers are its points.
+        """
+        numbers = range(self._configurations)
+        return next((number for number in numbers if number not in self._taken), None)
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: its id in the ledger, and its configuration as JSON.
 
@@ -122,9 +131,9 @@ class Proposals(Searcher):  # type: ignore[misc]
         if self._interrupted:
             return self._begun(self._interrupted.pop(0))
         if not self._seeds:
-            if self._next >= self._configurations:
+            if (new := self._next) is None:
                 return str(Searcher.FINISHED)
-            self._seeds = self._new_configuration()
+            self._seeds = self._new_configuration(new)
         number, parameters, settings, seed = self._seeds.pop(0)
         identity = f"t{number * self._search.spec.seeds + seed - self._search.seed:04d}"
         noted = self._noted(number)
@@ -176,9 +185,8 @@ class Proposals(Searcher):  # type: ignore[misc]
                     found.setdefault(epoch, []).append(entry[constraint.metric])
         return {epoch: statistics.fmean(values) for epoch, values in found.items()}
 
-    def _new_configuration(self) -> list[tuple[int, Settings, Settings, int]]:
-        number = self._next
-        self._next += 1
+    def _new_configuration(self, number: int) -> list[tuple[int, Settings, Settings, int]]:
+        self._taken.add(number)
         if self._grid is not None:
             parameters, settings = self._grid[number]
         else:
@@ -286,7 +294,7 @@ class Proposals(Searcher):  # type: ignore[misc]
 
     def save(self, checkpoint_path: str) -> None:
         """Tune wants a file; what is to be kept is in the ledger."""
-        Path(checkpoint_path).write_text(str(self._next))
+        Path(checkpoint_path).write_text(str(len(self._taken)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune stores the searcher, too; it is never read."""

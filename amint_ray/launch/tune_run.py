@@ -153,7 +153,11 @@ def _carry_out(
         data, prepared = share(settle_streams(prepared, workers))
         dataset = None
         ledger = Ledger(folder.trials)
-        ledger.load()
+        for trial, reason in ledger.load().items():
+            watcher.notice(
+                f"WARNING: {folder.trials.uri}/{trial}.json is damaged ({reason}); what is known "
+                "of this trial is lost, and one is trained again in its place"
+            )
         if folder.record.attempts > 1:
             ended = len(ledger.where(lambda trial: trial.ended))
             watcher.notice(f"going on with {folder.record.name}: {ended} trials have ended")

@@ -137,6 +137,35 @@ def test_a_grid_is_gone_through_once(tmp_path: Path) -> None:
     assert proposing(fewer, Ledger(None)).planned == 4
 
 
+def test_trials_that_were_forgotten_are_trained_again(tmp_path: Path) -> None:
+    """Their files were damaged; the plain model comes first, as ever."""
+    space = {"mint.hidden": {"randint": [3, 6]}}
+    for names in (["algorithm.name=grid"], ["algorithm.name=random", "budget.trials=4"]):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        search = searched(folder, *names, "seeds=2", space=space, constraint=PLAIN)
+        ledger = ledger_in(folder)
+        proposals = proposing(search, ledger)
+        while isinstance(name := ask(proposals), str) and name != FINISHED:
+            play(ledger, proposals, name, {1: {"auc": 0.5, "accuracy": 0.9}})
+        whole = {name: (trial.seed, trial.settings) for name, trial in ledger.trials.items()}
+        assert len(whole) == 10
+        lost = ("plain-1", "t0002", "t0003", "t0007")
+        for name in lost:
+            (folder / f"trials/{name}.json").write_text("{")
+        ledger = ledger_in(folder)
+        again = proposing(search, ledger)
+        assert again.left
+        assert [ask(again) for _ in range(2)] == ["plain-1", None]
+        play(ledger, again, "plain-1", {1: {"accuracy": 0.9}})
+        # First the seed that is missing of a configuration that is known.
+        assert [ask(again) for _ in range(4)] == ["t0007", "t0002", "t0003", FINISHED]
+        now = {name: (trial.seed, trial.settings) for name, trial in ledger.trials.items()}
+        same = set(whole) if "algorithm.name=grid" in names else {*whole} - {"t0002", "t0003"}
+        assert {name: now[name] for name in same} == {name: whole[name] for name in same}
+        assert set(now) == set(whole)
+
+
 def test_nothing_can_influence_the_first_ones(tmp_path: Path) -> None:
     """Which is why they can be shown before the search begins."""
     search = searched(tmp_path, algorithm={"startup": 6})
