@@ -380,6 +380,8 @@ def _search(
         free_all(_SECONDS_TO_STOP)
         show()
         children.finish(watcher, wait_seconds=config.tracking.wait_seconds)
+    if (told := proposals.exhausted) is not None:
+        watcher.notice(told)
     ledger.catch_up()
     for trial in ledger.where(lambda trial: trial.training is not None):
         Receiver(str(trial.training)).close()  # what workers sent after their trial was stopped
