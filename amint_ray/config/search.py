@@ -146,6 +146,11 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
             "tune_configs/digits.yaml"
         )
     tree = read_tree(file)
+    keys = {str(key) for key in tree} - {"name"}
+    if keys & set(Config.model_fields) and not keys & set(SearchSpec.model_fields):
+        raise UserError(
+            f"search: {file}: is a recipe, not a search file; `amint train {file}` takes it"
+        )
     own: list[str] = []
     others: list[str] = []
     for override in overrides:

@@ -312,6 +312,19 @@ def test_settings_are_for_the_branches_that_do_not_set_it(file: Path) -> None:
     assert found == [16, 32, 8]
 
 
+def test_a_recipe_is_no_search_file(file: Path) -> None:
+    for content in ({"extends": "digits", "name": "x"}, {"train": {"epochs": 3}, "unknown": 1}):
+        file.write_text(yaml.safe_dump(content))
+        with pytest.raises(UserError) as told:
+            load_search(str(file), ["budget.trials=3"])
+        says = f"{file}: is a recipe, not a search file; `amint train {file}` takes it"
+        assert str(told.value) == f"search: {says}"
+    both = {**CONTENT, "train": {"epochs": 3}}
+    file.write_text(yaml.safe_dump(both))
+    with pytest.raises(UserError, match="unknown key 'train'"):
+        load_search(str(file))
+
+
 def test_no_search_file(file: Path) -> None:
     for name, says in ((str(file.parent / "none.yaml"), "there is no file"), ("digits", "no YAML")):
         with pytest.raises(UserError, match=says):
