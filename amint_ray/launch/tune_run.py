@@ -41,6 +41,7 @@ from amint_ray.launch.search_plan import (
 )
 from amint_ray.launch.search_result import conclude, open_parent, shown_again
 from amint_ray.launch.time_limit import in_thread
+from amint_ray.storage import check_access, locate
 
 _SECONDS_BETWEEN_POLLS = 0.2
 _SECONDS_BETWEEN_SHOWS = 0.5
@@ -178,8 +179,9 @@ def show_plan(search: Search, watcher: SearchWatcher) -> dict[str, Any]:
         joined has room for).
 
     Raises:
-        UserError: a value of the space gives no model.
+        UserError: a value of the space gives no model, or `storage.path` cannot be written to.
     """
+    check_access(locate(search.base.storage.path, "storage.path"), "storage.path")
     plan = plan_search(search, watcher)
     trials, planned = first_trials(plan)
     concurrent = search.spec.budget.concurrent
