@@ -15,7 +15,7 @@ from amint_ray.config.load import to_yaml
 from amint_ray.config.search_schema import Paper
 from amint_ray.contracts import SearchWatcher, first_line, leaves
 from amint_ray.evaluation.importance import importance
-from amint_ray.evaluation.objectives import front_axes
+from amint_ray.evaluation.objectives import front_axes, metric_names
 from amint_ray.evaluation.parallel_figure import parallel_coordinates
 from amint_ray.evaluation.search import Choice, Configuration, baseline, best, configurations, front
 from amint_ray.evaluation.search_figures import importance_bars, learning_curves, pareto
@@ -261,7 +261,7 @@ def shown_again(folder: SearchFolder, watcher: SearchWatcher) -> dict[str, Any]:
 
 def _beside_paper(paper: Paper, candidates: Sequence[Configuration]) -> list[dict[str, Any]]:
     """The paper's cells and ours."""
-    short = {name: name.rpartition(".")[2] for name in paper.figures}
+    short = metric_names(paper.figures)
     rows = []
     for row, columns in paper.cells.items():
         for column, cell in columns.items():

@@ -190,6 +190,8 @@ def test_a_papers_cells_have_a_number_for_each_figure(file: Path, cells: Any, sa
     paper = {"source": "s", "rows": "r", "columns": "c", "figures": ["task.accuracy", "task.loss"]}
     assert says in complaint(file, paper={**paper, "cells": cells})
     assert written(file, paper={**paper, "cells": {"a": {"b": [1, 2]}}}).spec.paper is not None
+    twice = {**paper, "figures": ["task.loss", "task.loss"], "cells": {"a": {"b": [1, 2]}}}
+    assert "figures: the same metric stands there twice" in complaint(file, paper=twice)
 
 
 @pytest.mark.parametrize(
