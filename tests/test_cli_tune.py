@@ -160,6 +160,7 @@ def test_a_search_that_is_done_gives_what_it_gave(
     nothing = {"final": None, "recipe_file": None, "next": None}  # its file is not there any more
     assert json.loads(captured.out) == {"best": {"number": 3}, **nothing}
     assert "this search is done" in captured.err
+    assert "checking" not in captured.err
 
 
 def test_a_dry_run_shows_the_first_trials(capfd: pytest.CaptureFixture[str]) -> None:

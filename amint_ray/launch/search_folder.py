@@ -199,6 +199,19 @@ class SearchFolder:
             file.write(json.dumps(document).encode())
 
 
+@contextlib.contextmanager
+def reading(storage: Location) -> Iterator[None]:
+    """Say of storage that cannot be read which it is.
+
+    Raises:
+        RunError: for any OSError of the body.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error
+
+
 def open_search(search: Search, storage: Location, watcher: Watcher, *, new: bool) -> SearchFolder:
     """The folder of a search that goes on, or of a new one.
 
@@ -228,7 +241,7 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
             f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
             "this one another name (name=OTHER), or begin anew beside it with --new"
         )
-    ended = record is not None and record.ended and record.spent == spent(search)
+    ended = record is not None and _is_done(record, search)
     signs = {name: beat for name, beat in before.items() if name == _DRIVER}
     if signs and not ended and not standing_still(place, signs, watcher):
         raise _at_work(place)
@@ -238,6 +251,29 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
     attempts = record.attempts + (not ended)
     record = replace(record, ended=ended, attempts=attempts)
     return SearchFolder(place, record, before=signs.get(_DRIVER))
+
+
+def done_search(search: Search, storage: Location) -> SearchFolder | None:
+    """The folder of this very search, where it is done; None otherwise, whatever is the matter.
+
+    Args:
+        search: what is asked for.
+        storage: where runs and searches are kept.
+
+    Raises:
+        UserError: its record is damaged.
+        OSError: storage cannot be read.
+    """
+    place = storage.below(f"searches/{search.spec.name}")
+    record = _read(place)
+    if record is None or record.fingerprint != search_fingerprint(search):
+        return None
+    return SearchFolder(place, record) if _is_done(record, search) else None
+
+
+def _is_done(record: SearchRecord, search: Search) -> bool:
+    """Whether the search was done, and no more may be spent on it now."""
+    return record.ended and record.spent == spent(search)
 
 
 def _read(place: Location) -> SearchRecord | None:

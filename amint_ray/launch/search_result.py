@@ -245,6 +245,7 @@ def _local_winner(folder: SearchFolder, text: str, watcher: SearchWatcher) -> st
 
 def shown_again(folder: SearchFolder, watcher: SearchWatcher) -> dict[str, Any]:
     """The document of a search that is done, with the winner's recipe where it is shown now."""
+    watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
     document = dict(folder.record.document)
     if document.get("best") is None:
         return document

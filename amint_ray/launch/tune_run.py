@@ -14,13 +14,14 @@ import torch
 from amint_ray.config.schema import Cluster, Config
 from amint_ray.config.search import Search
 from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
-from amint_ray.contracts import RunError, SearchWatcher, UserError, first_line
+from amint_ray.contracts import SearchWatcher, UserError
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
 from amint_ray.launch.cluster import address_of, connect, job_tags, local_cores
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.ledger import Ledger, TrialRecord, check_outcome
 from amint_ray.launch.prepare import (
+    STORAGE_ATTEMPTS,
     Checked,
     Prepared,
     check,
@@ -31,7 +32,7 @@ from amint_ray.launch.prepare import (
 )
 from amint_ray.launch.recording import Recording, data_tags, dataset_fields
 from amint_ray.launch.room import Machine, machines_of_cluster, plan_workers, room_on, wait_for_room
-from amint_ray.launch.search_folder import SearchFolder, open_search, spent
+from amint_ray.launch.search_folder import SearchFolder, done_search, open_search, reading, spent
 from amint_ray.launch.search_plan import (
     Plan,
     base_of,
@@ -102,14 +103,16 @@ def run_search(
             f"search: cluster.workers = {list(search.base.cluster.workers)}: a trial has a fixed "
             "number of workers, or none could tell how many run at a time; give one number"
         )
+    storage = locate(search.base.storage.path, "storage.path", attempts=STORAGE_ATTEMPTS)
+    with reading(storage):
+        done = None if new else done_search(search, storage)
+    if done is not None:
+        return shown_again(done, watcher)
     checked = check(base_of(search), watcher)
     plan = plan_search(search, watcher)
-    try:
+    with reading(storage):
         folder = open_search(search, checked.storage, watcher, new=new)
-    except OSError as error:
-        raise RunError(f"storage.path = {checked.storage.uri!r}: {first_line(error)}") from error
-    if folder.record.ended:
-        watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
+    if folder.record.ended:  # by another command, meanwhile
         return shown_again(folder, watcher)
     with folder.alive() as sign:
         document = _carry_out(plan, checked, folder, watcher, sign=sign.path, verbose=verbose)

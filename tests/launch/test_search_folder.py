@@ -15,7 +15,7 @@ from launch.silent import Silent
 from amint_ray.config.search import search_fingerprint
 from amint_ray.contracts import UserError
 from amint_ray.launch import runs, search_folder
-from amint_ray.launch.search_folder import SearchFolder, open_search, spent
+from amint_ray.launch.search_folder import SearchFolder, done_search, open_search, spent
 from amint_ray.storage import Location, locate
 
 
@@ -64,7 +64,12 @@ def test_a_search_that_is_done_goes_on_if_more_may_be_spent(
     begun(tmp_path, storage).note(ended=True, spent=spent(search), document={"best": {"id": 3}})
     done = open_search(search, storage, Silent(), new=False).record
     assert (done.ended, done.attempts, done.document) == (True, 1, {"best": {"id": 3}})
+    found = done_search(search, storage)
+    assert found is not None and found.record == done
+    for more in ("seeds=2", "name=other"):
+        assert done_search(searched(tmp_path, more), storage) is None
     for more in ("budget.trials=99", "final.seeds=5"):
+        assert done_search(searched(tmp_path, more), storage) is None
         on = open_search(searched(tmp_path, more), storage, Silent(), new=False).record
         assert (on.name, on.ended, on.attempts) == (done.name, False, 2)
 
