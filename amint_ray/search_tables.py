@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amint_ray.evaluation.objectives import (
+    AUDIT,
     HEADLINE,
     figure_value,
     front_axes,
@@ -23,6 +24,8 @@ from amint_ray.tables import interval
 
 _WIDE = 100
 """Columns of a screen from which on a figure and its interval stand side by side."""
+_GUESSING = 0.5
+"""An AUC."""
 _MOST_ROWS = 20
 _MOST_REASONS = 3
 _LIMITS = {
@@ -131,12 +134,38 @@ def _found(document: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, str
                 if broken
                 else "no configuration is known to keep it: its metric is missing at last looks"
             )
+        lines |= _doubts(document)
     short = metric_names(metrics)
     for metric, shares in (document["importance"] or {}).items():
         if shares is not None:
             top = list(shares.items())[:4]
             told = [f"{name} {share['value']:.0%}" for name, share in top]
             lines[f"{short.get(metric, metric)} depends on"] = ", ".join(told)
+    return lines
+
+
+def _doubts(document: Mapping[str, Any]) -> dict[str, str]:
+    """Why the best may be nothing to rely on."""
+    asked = [objective["metric"] for objective in document["objectives"]]
+    names = dict.fromkeys([*(name for name in asked if name.endswith(".auc")), AUDIT[0]])
+    figures = {name: document["best"]["figures"].get(name) or {} for name in names}
+    short, lines = metric_names(names), {}
+    told = [
+        f"{short[name]} {interval(figure)}"
+        for name, figure in figures.items()
+        if figure.get("low") is not None
+        and figure.get("high") is not None
+        and figure["low"] <= _GUESSING <= figure["high"]
+    ]
+    if told:
+        lines["GUESSING"] = (
+            f"the interval of the best holds {_GUESSING} ({', '.join(told)}): no better than "
+            "guessing is not excluded"
+        )
+    if document["final"] is None:
+        lines["NOT ON TEST"] = (
+            "final.seeds = 0: the best was not measured on test; what it was chosen by is too good"
+        )
     return lines
 
 

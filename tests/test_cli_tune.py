@@ -91,6 +91,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         assert says in complaint(capfd, file(tmp_path, **changes), *overrides, "--dry-run")
 
 
+def test_a_dry_run_looks_at_storage_and_writes_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    mine = file(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for path, says in (
+        ("gs://bucket/runs", "storage.path = 'gs://bucket/runs': cannot be reached; write a local"),
+        (f"{tmp_path}/file/runs", f"storage.path: cannot write to '{tmp_path}/file/runs'"),
+        (f"{tmp_path}/file", f"storage.path: cannot write to '{tmp_path}/file'"),
+    ):
+        assert says in complaint(capfd, mine, f"storage.path={path}", "--dry-run")
+    assert main(["tune", mine, f"storage.path={tmp_path}/to/be/made", "--dry-run", "--json"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_no_search_file(capfd: pytest.CaptureFixture[str]) -> None:
     assert "'digits' is no YAML file" in complaint(capfd, "digits")
     assert "no file 'none.yaml'" in complaint(capfd, "none.yaml", "--dry-run")
@@ -144,6 +160,7 @@ def test_a_search_that_is_done_gives_what_it_gave(
     nothing = {"final": None, "recipe_file": None, "next": None}  # its file is not there any more
     assert json.loads(captured.out) == {"best": {"number": 3}, **nothing}
     assert "this search is done" in captured.err
+    assert "checking" not in captured.err
 
 
 def test_a_dry_run_shows_the_first_trials(capfd: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,42 @@ def test_where_none_is_known_to_keep_the_constraint_the_screen_says_that() -> No
     assert any("is known to keep it" in " ".join(line) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("auc", "withheld", "told"),
+    [
+        (0.51, 0.9, "member.auc 0.510 [0.490, 0.530]"),
+        (0.9, 0.51, "withheld.auc 0.510 [0.490, 0.530]"),
+        (0.52, 0.48, "member.auc 0.520 [0.500, 0.540], withheld.auc 0.480 [0.460, 0.500]"),
+        (0.53, 0.53, None),
+        (0.47, 0.47, None),  # worse than guessing
+    ],
+)
+def test_where_guessing_is_not_excluded_the_screen_says_so(
+    auc: float, withheld: float, told: str | None
+) -> None:
+    best = configuration(3, auc, 0.8)
+    best["figures"]["membership.withheld.auc"] = figure(withheld)
+    objectives = [{"metric": name, "mode": "max"} for name in (AUC, "membership.withheld.auc")]
+    lines = [" ".join(line) for line in printed(document(best=best, objectives=objectives))]
+    found = [line for line in lines if line.startswith("GUESSING")]
+    guessing = f"GUESSING the interval of the best holds 0.5 ({told}): no better than guessing is "
+    assert found == ([] if told is None else [f"{guessing}not excluded"])
+
+
+def test_of_a_best_without_an_auc_nothing_is_said_about_guessing() -> None:
+    best = configuration(3, 0.5, 0.8)
+    for unknown in (None, {"value": None, "low": None, "high": None}):
+        best["figures"][AUC] = unknown
+        lines = printed(document(best=best, front=[configuration(3, 0.5, 0.8)]))
+        assert not any(line[:1] == ["GUESSING"] for line in lines)
+
+
+def test_a_best_that_was_not_measured_on_test_is_told_to_be_that() -> None:
+    for final, told in ((None, 1), (document()["final"], 0)):
+        lines = [" ".join(line) for line in printed(document(final=final))]
+        assert sum("the best was not measured on test" in line for line in lines) == told
+
+
 def test_where_nothing_is_complete_there_is_no_best() -> None:
     changes: dict[str, Any] = dict.fromkeys(
         ("best", "constraint", "baseline", "importance", "final", "recipe_file")

@@ -29,6 +29,7 @@ from pyarrow import fs
 from amint_ray.contracts import UserError
 from amint_ray.storage import (
     Location,
+    check_access,
     exists,
     list_files,
     locate,
@@ -485,3 +486,14 @@ def test_no_directory_markers_are_left(bucket: Bucket) -> None:
     assert bucket.keys == ["runs/moved", "runs/onerous"]
     store.delete_dir_contents(bucket.name)
     assert bucket.keys == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="to root no folder is closed")
+def test_a_folder_that_may_not_be_written_to_is_found_without_writing(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    for path in (closed, closed / "below"):
+        with pytest.raises(UserError, match=rf"key: cannot write to '{path}' .*closed may not be"):
+            check_access(locate(str(path), "key"), "key")
+    check_access(locate(str(tmp_path / "to/be/made"), "key"), "key")
+    assert list(tmp_path.iterdir()) == [closed]

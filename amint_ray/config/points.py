@@ -60,7 +60,7 @@ def grid(space: Space) -> list[tuple[Settings, Settings]]:
     while True:
         point = draw(space, Odometer())
         # Two modules in either order are one point.
-        points.setdefault(json.dumps(point[1], sort_keys=True), point)
+        points.setdefault(point_name(point[1]), point)
         if len(points) > _MOST_POINTS:
             raise ValueError(
                 f"space: a grid of more than {_MOST_POINTS} combinations; give fewer values, or "
@@ -72,6 +72,19 @@ def grid(space: Space) -> list[tuple[Settings, Settings]]:
             return list(points.values())
         name, place, options = path.pop()
         path.append((name, place + 1, options))
+
+
+def point_name(settings: Settings) -> str:
+    """What only points that set the same have in common."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def all_points(space: Space) -> dict[str, Settings] | None:
+    """The parameters of every point, by `point_name`; None: too many for a grid, or infinitely."""
+    try:
+        return {point_name(settings): parameters for parameters, settings in grid(space)}
+    except ValueError:
+        return None
 
 
 def probes(space: Space) -> list[Settings]:

@@ -52,6 +52,8 @@ _NOT_SEARCHED = {
 }
 _EACH_ITS_OWN = ("name", "train.seed")
 """What recipes of one space may have otherwise, though it is not searched."""
+_WHOLE = ("objective", "constraint")
+"""What the command line replaces: half of the file's and half of another mean nothing."""
 _MOST_PROBED = 500
 _NOT_IDENTITY = {
     *("name", "budget", "final", "paper"),  # the name is that of the folder that is looked into
@@ -144,6 +146,11 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
             "tune_configs/digits.yaml"
         )
     tree = read_tree(file)
+    keys = {str(key) for key in tree} - {"name"}
+    if keys & set(Config.model_fields) and not keys & set(SearchSpec.model_fields):
+        raise UserError(
+            f"search: {file}: is a recipe, not a search file; `amint train {file}` takes it"
+        )
     own: list[str] = []
     others: list[str] = []
     for override in overrides:
@@ -156,6 +163,8 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
             )
         (own if section in SearchSpec.model_fields else others).append(override)
     for override in own:
+        if _key_of(override) in _WHOLE:
+            tree.pop(_key_of(override), None)
         tree = merge_override(tree, override)
     spec = _validated(tree, file)
     if unknown := [key for key in spec.settings if _at(key) is None]:

@@ -160,6 +160,8 @@ class Paper(Section):
 
     @model_validator(mode="after")
     def _a_number_for_each_figure(self) -> Paper:
+        if len(set(self.figures)) < len(self.figures):
+            raise ValueError("figures: the same metric stands there twice")
         for row, columns in self.cells.items():
             for column, cell in columns.items():
                 if len(cell) != len(self.figures):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -12,10 +13,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from amint_ray.contracts import RunError, first_line
+from amint_ray.launch.kept import read_kept
 from amint_ray.storage import Location, list_files, open_input, write_atomically
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
 ENDED = ("done", "stopped", "failed")
+PLAIN = "plain-"
+"""What the ids of plain models begin with."""
+_IDENTITY = re.compile(rf"t\d{{4,}}|{PLAIN}\d+")
 
 
 @dataclass
@@ -106,23 +111,34 @@ class Ledger:
         self._started: dict[str, float] = {}
         self.trials: dict[str, TrialRecord] = {}
 
-    def load(self) -> None:
+    def load(self) -> dict[str, str]:
         """Read what an earlier driver left.
 
-        A file that cannot be read was being written when the machine died, or by another version:
-        its trial is forgotten.
+        A damaged file was being written when the machine died, or by another version: its trial is
+        forgotten, as if it had never begun.
+
+        Returns:
+            what is wrong with the files of those trials, by id.
 
         Raises:
             OSError: storage cannot be read.
         """
         assert self._folder is not None
+        damaged = {}
         for entry in list_files(self._folder, ".json"):
-            with (
-                open_input(self._folder, entry.name) as file,
-                contextlib.suppress(ValueError, TypeError),
-            ):
-                record = TrialRecord(**json.loads(file.read()))
-                self.trials[record.id] = record
+            identity = entry.name.removesuffix(".json")
+            if not _IDENTITY.fullmatch(identity):
+                continue
+            try:
+                with open_input(self._folder, entry.name) as file:
+                    record = read_kept(TrialRecord, file.read())
+                if (record.id, record.baseline) != (identity, identity.startswith(PLAIN)):
+                    raise ValueError(f"it is of trial {record.id}, baseline = {record.baseline}")
+            except ValueError as error:
+                damaged[identity] = first_line(error)
+            else:
+                self.trials[identity] = record
+        return damaged
 
     @contextlib.contextmanager
     def changing(self, trial: str) -> Iterator[TrialRecord]:

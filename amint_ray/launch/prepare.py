@@ -28,7 +28,7 @@ from amint_ray.tracking.run_log import check_tracking, tracking_uri
 from amint_ray.train.flops import StepFlops, count_flops
 from amint_ray.train.update import create_update
 
-_STORAGE_ATTEMPTS = 9
+STORAGE_ATTEMPTS = 9
 """Of each request: with the pauses between them, storage may be away for a minute or two."""
 
 
@@ -78,7 +78,7 @@ def check(config: Config, watcher: Watcher) -> Checked:
         UserError: something was found wrong.
     """
     watcher.phase("checking the configuration")
-    storage = locate(config.storage.path, "storage.path", attempts=_STORAGE_ATTEMPTS)
+    storage = locate(config.storage.path, "storage.path", attempts=STORAGE_ATTEMPTS)
     check_writable(storage, "storage.path")
     uri = tracking_uri()
     if config.tracking.enabled:

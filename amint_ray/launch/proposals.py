@@ -6,26 +6,30 @@ proposes first what was under way.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
-from amint_ray.config.points import grid
+from amint_ray.config.points import all_points, grid, point_name
 from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
 from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
 from amint_ray.config.space import Settings, Space, draw
 from amint_ray.contracts import UserError, first_line
-from amint_ray.launch.ledger import Ledger, TrialRecord
+from amint_ray.launch.ledger import PLAIN, Ledger, TrialRecord
+from amint_ray.launch.samplers import Recorded, by_chance, create_sampler
 
 _CONSTRAINT = "constraint"
+_MOST_DRAWS = 20
+"""Of one configuration: a sampler may insist on what has been tried."""
+REPEATED = "repeated"
+"""What Optuna's trials that were drawn and not run are marked with."""
 
 
 class Proposals(Searcher):  # type: ignore[misc]
@@ -49,21 +53,29 @@ class Proposals(Searcher):  # type: ignore[misc]
         self._search, self._space, self._ledger = search, space, ledger
         self._configure = configure
         self._grid = grid(space) if search.spec.algorithm.name == "grid" else None
+        points = all_points(space)
+        self._size = None if points is None else len(points)
         self._asked: dict[int, optuna.Trial] = {}
         before = ledger.where(lambda trial: not trial.baseline)
         self._interrupted = [trial.id for trial in before if not trial.ended]
         self._plain = self._plain_trials()
         self._unbegun = [trial.id for trial in self._plain if not trial.ended]
-        self._next = 1 + max((trial.configuration for trial in before), default=-1)
+        self._taken = {trial.configuration for trial in before}
+        self._tried = {point_name(trial.settings) for trial in before}
+        self._untried = (
+            None
+            if points is None
+            else {name: points[name] for name in points if name not in self._tried}
+        )
         self._seeds: list[tuple[int, Settings, Settings, int]] = []
         self._study = optuna.create_study(
-            sampler=_sampler(search, already=len(before)),
+            sampler=create_sampler(search, already=len(before)),
             directions=[
                 "maximize" if objective.mode == "max" else "minimize"
                 for objective in search.spec.objective
             ],
         )
-        for number in sorted({trial.configuration for trial in before}):
+        for number in sorted(self._taken):
             self._remember(number)
 
     @property
@@ -74,7 +86,7 @@ class Proposals(Searcher):  # type: ignore[misc]
     @property
     def left(self) -> bool:
         """Whether there is anything to be run."""
-        new = self._next < self._configurations
+        new = self._next is not None
         return not self._in_vain and bool(self._unbegun or self._interrupted or self._seeds or new)
 
     @property
@@ -90,7 +102,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         if constraint is None or not constraint.wants_plain:
             return []
         for number in range(self._search.spec.seeds):
-            identity = f"plain-{number}"
+            identity = f"{PLAIN}{number}"
             if identity not in self._ledger.trials:
                 seed, without = self._search.seed + number, {"loss.lambda_mint": 0}
                 self._ledger.add(TrialRecord(identity, -1, seed, {}, without, baseline=True))
@@ -101,11 +113,36 @@ class Proposals(Searcher):  # type: ignore[misc]
         return self._ledger.where(lambda trial: trial.baseline)
 
     @property
+    def exhausted(self) -> str | None:
+        """What to say where all of the space was tried before the budget was spent; else None."""
+        if self._size is None or self._size >= self._wanted or self.left or self._in_vain:
+            return None
+        if self._size == 1:
+            return "the only configuration of the space was tried"
+        return f"all {self._size} configurations of the space were tried"
+
+    @property
+    def _wanted(self) -> int:
+        """Configurations, if there are so many."""
+        whole = TRIALS_BY_DEFAULT if self._grid is None else len(self._grid)
+        return self._search.spec.budget.trials or whole
+
+    @property
     def _configurations(self) -> int:
-        asked = self._search.spec.budget.trials
-        if self._grid is None:
-            return asked or TRIALS_BY_DEFAULT
-        return min(asked or len(self._grid), len(self._grid))
+        if self._grid is not None:
+            return min(self._wanted, len(self._grid))
+        if self._untried is not None:
+            return min(self._wanted, len(self._taken) + len(self._untried))
+        return self._wanted
+
+    @property
+    def _next(self) -> int | None:
+        """Number of the next configuration, or of one whose trials were forgotten; None: no more.
+
+        A grid's numbers are its points.
+        """
+        numbers = range(self._configurations)
+        return next((number for number in numbers if number not in self._taken), None)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: its id in the ledger, and its configuration as JSON.
@@ -122,9 +159,9 @@ class Proposals(Searcher):  # type: ignore[misc]
         if self._interrupted:
             return self._begun(self._interrupted.pop(0))
         if not self._seeds:
-            if self._next >= self._configurations:
+            if (new := self._next) is None:
                 return str(Searcher.FINISHED)
-            self._seeds = self._new_configuration()
+            self._seeds = self._new_configuration(new)
         number, parameters, settings, seed = self._seeds.pop(0)
         identity = f"t{number * self._search.spec.seeds + seed - self._search.seed:04d}"
         noted = self._noted(number)
@@ -176,18 +213,45 @@ class Proposals(Searcher):  # type: ignore[misc]
                     found.setdefault(epoch, []).append(entry[constraint.metric])
         return {epoch: statistics.fmean(values) for epoch, values in found.items()}
 
-    def _new_configuration(self) -> list[tuple[int, Settings, Settings, int]]:
-        number = self._next
-        self._next += 1
+    def _new_configuration(self, number: int) -> list[tuple[int, Settings, Settings, int]]:
+        self._taken.add(number)
         if self._grid is not None:
             parameters, settings = self._grid[number]
         else:
-            self._asked[number] = self._study.ask()
-            parameters, settings = draw(self._space, self._asked[number])
+            parameters, settings = self._draw(number)
         return [
             (number, parameters, settings, self._search.seed + i)
             for i in range(self._search.spec.seeds)
         ]
+
+    def _draw(self, number: int) -> tuple[Settings, Settings]:
+        """A point that has not been tried: the sampler's, or by chance where it insists on others.
+
+        Where a space has few points beside those of a branch, that may fail, too.
+        """
+        for draws in range(_MOST_DRAWS + 1):
+            if draws == _MOST_DRAWS:
+                self._study.enqueue_trial(self._other())
+            asked = self._study.ask()
+            parameters, settings = draw(self._space, asked)
+            if (name := point_name(settings)) not in self._tried:
+                break
+            if draws < _MOST_DRAWS:
+                asked.set_user_attr(REPEATED, True)
+                self._study.tell(asked, state=TrialState.FAIL)
+        self._tried.add(name)
+        if self._untried is not None:
+            self._untried.pop(name, None)
+        self._asked[number] = asked
+        return parameters, settings
+
+    def _other(self) -> Settings:
+        """Parameters of a point that has not been tried."""
+        if self._untried:
+            return next(iter(self._untried.values()))
+        points = list(itertools.islice(by_chance(self._space, len(self._tried)), _MOST_DRAWS))
+        untried = (point for point, sets in points if point_name(sets) not in self._tried)
+        return next(untried, points[0][0])
 
     def _noted(self, number: int) -> dict[str, Any]:
         """What the sampler noted of a configuration when it was asked for it (its generation)."""
@@ -259,7 +323,7 @@ class Proposals(Searcher):  # type: ignore[misc]
                 self._seeds.append((number, parameters, settings, seed))
         if self._grid is not None:
             return
-        recorded = _Recorded(parameters)
+        recorded = Recorded(parameters)
         draw(self._space, recorded)
         told = self._outcome(number)
         noted = trials[0].attributes
@@ -286,7 +350,7 @@ class Proposals(Searcher):  # type: ignore[misc]
 
     def save(self, checkpoint_path: str) -> None:
         """Tune wants a file; what is to be kept is in the ledger."""
-        Path(checkpoint_path).write_text(str(self._next))
+        Path(checkpoint_path).write_text(str(len(self._taken)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune stores the searcher, too; it is never read."""
@@ -300,49 +364,6 @@ class Proposals(Searcher):  # type: ignore[misc]
         """Nothing: a search that goes on makes a new one of these from the ledger."""
 
 
-class _Recorded:
-    """Picks what was picked before, and notes from what."""
-
-    def __init__(self, parameters: Settings) -> None:
-        self._parameters = parameters
-        self.values: Settings = {}
-        self.distributions: dict[str, BaseDistribution] = {}
-
-    def _note(self, name: str, distribution: BaseDistribution) -> Any:
-        self.distributions[name] = distribution
-        self.values[name] = self._parameters[name]
-        return self._parameters[name]
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._note(name, optuna.distributions.CategoricalDistribution(choices))
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return float(self._note(name, optuna.distributions.FloatDistribution(low, high, log=log)))
-
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        return int(self._note(name, optuna.distributions.IntDistribution(low, high)))
-
-
 def _look(trial: TrialRecord, epoch: int) -> dict[str, float]:
     """A trial's last look up to an epoch; empty before its first."""
     return next((look for look in reversed(trial.history) if look["epoch"] <= epoch), {})
-
-
-def _sampler(search: Search, *, already: int) -> BaseSampler:
-    """Optuna's sampler; one that goes on after so many trials does not draw the same ones again."""
-    algorithm = search.spec.algorithm
-    seed = (algorithm.seed + 1_000_003 * already) % 2**32
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    match algorithm.name:
-        case "tpe":
-            return TPESampler(
-                n_startup_trials=algorithm.startup,
-                multivariate=True,
-                group=True,
-                constant_liar=True,
-                seed=seed,
-            )
-        case "nsga2":
-            return NSGAIISampler(population_size=max(2, algorithm.startup), seed=seed)
-        case _:
-            return RandomSampler(seed=seed)

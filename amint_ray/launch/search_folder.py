@@ -23,6 +23,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from amint_ray.config.search import Search, identity, search_fingerprint
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.kept import read_kept
 from amint_ray.launch.runs import beating, beats, standing_still
 from amint_ray.storage import Location, delete, open_input, write_atomically
 
@@ -187,15 +188,28 @@ class SearchFolder:
         """The document of one of the winner's trainings, if it was done."""
         try:
             with open_input(self.place, f"final/{name}.json") as file:
-                found: dict[str, Any] = json.loads(file.read())
-                return found
+                found: Any = json.loads(file.read())
         except (FileNotFoundError, ValueError):
             return None
+        return found if isinstance(found, dict) else None
 
     def note_final(self, name: str, document: dict[str, Any]) -> None:
         """Keep the document of one of the winner's trainings."""
         with write_atomically(self.place, f"final/{name}.json") as file:
             file.write(json.dumps(document).encode())
+
+
+@contextlib.contextmanager
+def reading(storage: Location) -> Iterator[None]:
+    """Say of storage that cannot be read which it is.
+
+    Raises:
+        RunError: for any OSError of the body.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error
 
 
 def open_search(search: Search, storage: Location, watcher: Watcher, *, new: bool) -> SearchFolder:
@@ -227,7 +241,7 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
             f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
             "this one another name (name=OTHER), or begin anew beside it with --new"
         )
-    ended = record is not None and record.ended and record.spent == spent(search)
+    ended = record is not None and _is_done(record, search)
     signs = {name: beat for name, beat in before.items() if name == _DRIVER}
     if signs and not ended and not standing_still(place, signs, watcher):
         raise _at_work(place)
@@ -239,6 +253,29 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
     return SearchFolder(place, record, before=signs.get(_DRIVER))
 
 
+def done_search(search: Search, storage: Location) -> SearchFolder | None:
+    """The folder of this very search, where it is done; None otherwise, whatever is the matter.
+
+    Args:
+        search: what is asked for.
+        storage: where runs and searches are kept.
+
+    Raises:
+        UserError: its record is damaged.
+        OSError: storage cannot be read.
+    """
+    place = storage.below(f"searches/{search.spec.name}")
+    record = _read(place)
+    if record is None or record.fingerprint != search_fingerprint(search):
+        return None
+    return SearchFolder(place, record) if _is_done(record, search) else None
+
+
+def _is_done(record: SearchRecord, search: Search) -> bool:
+    """Whether the search was done, and no more may be spent on it now."""
+    return record.ended and record.spent == spent(search)
+
+
 def _read(place: Location) -> SearchRecord | None:
     """A search's record; None: there is none yet.
 
@@ -248,10 +285,10 @@ def _read(place: Location) -> SearchRecord | None:
     """
     try:
         with open_input(place, _RECORD) as file:
-            return SearchRecord(**json.loads(file.read()))
+            return read_kept(SearchRecord, file.read())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"search: {place.uri}/{_RECORD} is damaged ({first_line(error)}); remove the folder, "
             "or give the search another name (name=OTHER)"

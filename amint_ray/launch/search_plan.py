@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,7 +221,10 @@ def _check_names(search: Search) -> None:
     nothing = ScoreTable(text, text, number, number, real, real)
     # What is not known for want of images has its name there nevertheless.
     figures = selection_figures(nothing, search.base.evaluation, head_trained=True)
-    _check_asked(search.spec, list(_names(figures)))
+    known = list(_names(figures))
+    _check_asked(search.spec, known, hint=True)
+    for metric in () if search.spec.paper is None else search.spec.paper.figures:
+        _check_metric(f"paper.figures {metric!r}", metric, known, hint=True)
     constraint = search.spec.constraint
     if constraint is not None and constraint.wants_plain and "membership" in constraint.metric:
         raise UserError(
@@ -238,15 +242,35 @@ def _names(figures: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _names(value, f"{prefix}{key}.")
 
 
-def _check_asked(spec: SearchSpec, reported: Sequence[str]) -> None:
+def _check_asked(spec: SearchSpec, reported: Sequence[str], *, hint: bool = False) -> None:
     asked = [(f"objective {o.metric!r}", o.metric) for o in spec.objective]
     if spec.constraint is not None:
         asked.append((f"constraint on {spec.constraint.metric!r}", spec.constraint.metric))
     for what, metric in asked:
-        if metric not in reported:
-            raise UserError(
-                f"search: {what}: no trial reports that; there are {', '.join(sorted(reported))}"
-            )
+        _check_metric(what, metric, reported, hint=hint)
+
+
+def _check_metric(what: str, metric: str, reported: Sequence[str], *, hint: bool) -> None:
+    """Whether a metric is reported.
+
+    Args:
+        what: asks for it, in words.
+        metric: its name.
+        reported: what is.
+        hint: name what is most like it: the name itself may be wrong.
+
+    Raises:
+        UserError: it is not.
+    """
+    if metric in reported:
+        return
+    # The last part of a name is what is remembered of it.
+    alike = [name for name in reported if name.rpartition(".")[2] == metric.rpartition(".")[2]]
+    near = difflib.get_close_matches(metric, alike or reported, n=1, cutoff=0.4)
+    told = f", did you mean {near[0]!r}?" if hint and near else ";"
+    raise UserError(
+        f"search: {what}: no trial reports that{told} there are {', '.join(sorted(reported))}"
+    )
 
 
 def check_on_images(plan: Plan, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from amint_ray.config.load import to_yaml
 from amint_ray.config.search_schema import Paper
 from amint_ray.contracts import SearchWatcher, first_line, leaves
 from amint_ray.evaluation.importance import importance
-from amint_ray.evaluation.objectives import front_axes
+from amint_ray.evaluation.objectives import front_axes, metric_names
 from amint_ray.evaluation.parallel_figure import parallel_coordinates
 from amint_ray.evaluation.search import Choice, Configuration, baseline, best, configurations, front
 from amint_ray.evaluation.search_figures import importance_bars, learning_curves, pareto
@@ -245,6 +245,7 @@ def _local_winner(folder: SearchFolder, text: str, watcher: SearchWatcher) -> st
 
 def shown_again(folder: SearchFolder, watcher: SearchWatcher) -> dict[str, Any]:
     """The document of a search that is done, with the winner's recipe where it is shown now."""
+    watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
     document = dict(folder.record.document)
     if document.get("best") is None:
         return document
@@ -261,7 +262,7 @@ def shown_again(folder: SearchFolder, watcher: SearchWatcher) -> dict[str, Any]:
 
 def _beside_paper(paper: Paper, candidates: Sequence[Configuration]) -> list[dict[str, Any]]:
     """The paper's cells and ours."""
-    short = {name: name.rpartition(".")[2] for name in paper.figures}
+    short = metric_names(paper.figures)
     rows = []
     for row, columns in paper.cells.items():
         for column, cell in columns.items():

@@ -14,13 +14,14 @@ import torch
 from amint_ray.config.schema import Cluster, Config
 from amint_ray.config.search import Search
 from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
-from amint_ray.contracts import RunError, SearchWatcher, UserError, first_line
+from amint_ray.contracts import SearchWatcher, UserError
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
 from amint_ray.launch.cluster import address_of, connect, job_tags, local_cores
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.ledger import Ledger, TrialRecord, check_outcome
 from amint_ray.launch.prepare import (
+    STORAGE_ATTEMPTS,
     Checked,
     Prepared,
     check,
@@ -31,7 +32,7 @@ from amint_ray.launch.prepare import (
 )
 from amint_ray.launch.recording import Recording, data_tags, dataset_fields
 from amint_ray.launch.room import Machine, machines_of_cluster, plan_workers, room_on, wait_for_room
-from amint_ray.launch.search_folder import SearchFolder, open_search, spent
+from amint_ray.launch.search_folder import SearchFolder, done_search, open_search, reading, spent
 from amint_ray.launch.search_plan import (
     Plan,
     base_of,
@@ -41,6 +42,7 @@ from amint_ray.launch.search_plan import (
 )
 from amint_ray.launch.search_result import conclude, open_parent, shown_again
 from amint_ray.launch.time_limit import in_thread
+from amint_ray.storage import check_access, locate
 
 _SECONDS_BETWEEN_POLLS = 0.2
 _SECONDS_BETWEEN_SHOWS = 0.5
@@ -101,14 +103,16 @@ def run_search(
             f"search: cluster.workers = {list(search.base.cluster.workers)}: a trial has a fixed "
             "number of workers, or none could tell how many run at a time; give one number"
         )
+    storage = locate(search.base.storage.path, "storage.path", attempts=STORAGE_ATTEMPTS)
+    with reading(storage):
+        done = None if new else done_search(search, storage)
+    if done is not None:
+        return shown_again(done, watcher)
     checked = check(base_of(search), watcher)
     plan = plan_search(search, watcher)
-    try:
+    with reading(storage):
         folder = open_search(search, checked.storage, watcher, new=new)
-    except OSError as error:
-        raise RunError(f"storage.path = {checked.storage.uri!r}: {first_line(error)}") from error
-    if folder.record.ended:
-        watcher.notice(f"this search is done; {folder.place.uri} has it, --new begins anew")
+    if folder.record.ended:  # by another command, meanwhile
         return shown_again(folder, watcher)
     with folder.alive() as sign:
         document = _carry_out(plan, checked, folder, watcher, sign=sign.path, verbose=verbose)
@@ -153,7 +157,11 @@ def _carry_out(
         data, prepared = share(settle_streams(prepared, workers))
         dataset = None
         ledger = Ledger(folder.trials)
-        ledger.load()
+        for trial, reason in ledger.load().items():
+            watcher.notice(
+                f"WARNING: {folder.trials.uri}/{trial}.json is damaged ({reason}); what is known "
+                "of this trial is lost, and one is trained again in its place"
+            )
         if folder.record.attempts > 1:
             ended = len(ledger.where(lambda trial: trial.ended))
             watcher.notice(f"going on with {folder.record.name}: {ended} trials have ended")
@@ -174,8 +182,9 @@ def show_plan(search: Search, watcher: SearchWatcher) -> dict[str, Any]:
         joined has room for).
 
     Raises:
-        UserError: a value of the space gives no model.
+        UserError: a value of the space gives no model, or `storage.path` cannot be written to.
     """
+    check_access(locate(search.base.storage.path, "storage.path"), "storage.path")
     plan = plan_search(search, watcher)
     trials, planned = first_trials(plan)
     concurrent = search.spec.budget.concurrent
@@ -376,6 +385,8 @@ def _search(
         free_all(_SECONDS_TO_STOP)
         show()
         children.finish(watcher, wait_seconds=config.tracking.wait_seconds)
+    if (told := proposals.exhausted) is not None:
+        watcher.notice(told)
     ledger.catch_up()
     for trial in ledger.where(lambda trial: trial.training is not None):
         Receiver(str(trial.training)).close()  # what workers sent after their trial was stopped

@@ -3,6 +3,7 @@
 from amint_ray.storage.locations import (
     FileEntry,
     Location,
+    check_access,
     check_writable,
     delete,
     exists,
@@ -17,6 +18,7 @@ from amint_ray.storage.locations import (
 __all__ = [
     "FileEntry",
     "Location",
+    "check_access",
     "check_writable",
     "delete",
     "exists",

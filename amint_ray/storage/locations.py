@@ -225,16 +225,48 @@ def writable_folder(path: str | Path, key: str) -> Path:
         raise UserError(f"{key} = {str(path)!r}: only folders are supported, no addresses")
     try:
         folder = Path(path).expanduser().absolute()
-        standing = next(p for p in (folder, *folder.parents) if p.exists())
-        with tempfile.TemporaryDirectory(dir=standing):
+        with tempfile.TemporaryDirectory(dir=_standing(folder)):
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"{key}: cannot write to {str(path)!r} (in {Path.cwd()}): {reason}; "
-            "name another folder, or work in one that is writable"
-        ) from error
+        raise _not_writable(path, key, error) from error
     return folder
+
+
+def check_access(location: Location, key: str) -> None:
+    """Whether it seems that a location can be written to; nothing is written to find out.
+
+    What only a write would tell, such as rights on object storage, is not found.
+
+    Args:
+        location: a folder, which need not exist, or a prefix.
+        key: the configuration key that set it, for the error.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if location.remote:
+        return
+    try:
+        standing = _standing(Path(location.path))
+        if not standing.is_dir():
+            raise NotADirectoryError(f"{standing} is no folder")
+        if not os.access(standing, os.W_OK | os.X_OK):
+            raise PermissionError(f"{standing} may not be written to")
+    except OSError as error:
+        raise _not_writable(location.path, key, error) from error
+
+
+def _standing(folder: Path) -> Path:
+    """What is there of a path: itself, or that in which the rest would be made."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _not_writable(path: str | Path, key: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return UserError(
+        f"{key}: cannot write to {str(path)!r} (in {Path.cwd()}): {reason}; "
+        "name another folder, or work in one that is writable"
+    )
 
 
 def _absolute(path: str) -> Path:

@@ -190,6 +190,8 @@ def test_a_papers_cells_have_a_number_for_each_figure(file: Path, cells: Any, sa
     paper = {"source": "s", "rows": "r", "columns": "c", "figures": ["task.accuracy", "task.loss"]}
     assert says in complaint(file, paper={**paper, "cells": cells})
     assert written(file, paper={**paper, "cells": {"a": {"b": [1, 2]}}}).spec.paper is not None
+    twice = {**paper, "figures": ["task.loss", "task.loss"], "cells": {"a": {"b": [1, 2]}}}
+    assert "figures: the same metric stands there twice" in complaint(file, paper=twice)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +267,64 @@ def test_a_mistake_is_one_line(
     assert says in complaint(file, *overrides, **changes)
 
 
+TWO = [{"metric": "task.accuracy"}, {"metric": "task.loss", "mode": "min"}]
+LIMIT = {"metric": "task.accuracy", "most_below_plain": 0.02}
+
+
+def test_the_command_line_replaces_objective_and_constraint(file: Path) -> None:
+    one = TWO[1]
+    for objective in (one, TWO):
+        for text, metrics in (
+            ("{metric: task.accuracy}", ["task.accuracy"]),
+            ("[{metric: a}, {metric: b}]", ["a", "b"]),
+        ):
+            found = written(file, f"objective={text}", objective=objective).spec.objective
+            assert [(each.metric, each.mode) for each in found] == [(m, "max") for m in metrics]
+    limit = "constraint={metric: task.loss, at_most: 1}"
+    found = written(file, limit, constraint=LIMIT).spec.constraint
+    assert found == Constraint(metric="task.loss", at_most=1)
+    assert written(file, "constraint=null", constraint=LIMIT).spec.constraint is None
+    part = written(file, "constraint.most_below_plain=0.5", constraint=LIMIT).spec.constraint
+    assert part == Constraint(metric="task.accuracy", most_below_plain=0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("objective=[]", "objective = []: the list is empty"),
+        ("objective={}", "objective.0.metric is missing"),
+        ("objective=5", "objective = 5: input should be a list"),
+        ("objective=null", "objective = None: input should be a list"),
+        ("objective={mode: min}", "objective.0.metric is missing"),
+        ("constraint={}", "constraint.metric is missing"),
+        ("constraint=5", "constraint = 5: input should be a mapping"),
+        ("constraint=[1]", "constraint = [1]: input should be a mapping"),
+        ("constraint={metric: a}", "give one of at_least, at_most, "),
+    ],
+)
+def test_what_replaces_them_is_checked_like_the_file(file: Path, override: str, says: str) -> None:
+    for objective in (TWO[0], TWO):
+        found = complaint(file, override, objective=objective, constraint=LIMIT)
+        assert found.startswith("search: ") and says in found, found
+
+
 def test_settings_are_for_the_branches_that_do_not_set_it(file: Path) -> None:
     search = written(file, settings={"mint.hidden": 8}, space=BRANCHES)
     found = [search.config(settings).mint.hidden for _, settings in grid(search.space)]
     assert found == [16, 32, 8]
+
+
+def test_a_recipe_is_no_search_file(file: Path) -> None:
+    for content in ({"extends": "digits", "name": "x"}, {"train": {"epochs": 3}, "unknown": 1}):
+        file.write_text(yaml.safe_dump(content))
+        with pytest.raises(UserError) as told:
+            load_search(str(file), ["budget.trials=3"])
+        says = f"{file}: is a recipe, not a search file; `amint train {file}` takes it"
+        assert str(told.value) == f"search: {says}"
+    both = {**CONTENT, "train": {"epochs": 3}}
+    file.write_text(yaml.safe_dump(both))
+    with pytest.raises(UserError, match="unknown key 'train'"):
+        load_search(str(file))
 
 
 def test_no_search_file(file: Path) -> None:

@@ -70,16 +70,32 @@ def test_another_driver_reads_what_was_written(tmp_path: Path) -> None:
     assert [found.id for found in again.where(lambda t: t.ended)] == ["t0001"]
 
 
-def test_a_file_that_was_cut_or_is_of_another_version_is_forgotten(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_and_its_trial_forgotten(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     for number in range(3):
         ledger.add(record(f"t000{number}", number))
-    whole = (tmp_path / "trials/t0001.json").read_bytes()
-    (tmp_path / "trials/t0001.json").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "trials/t0002.json").write_bytes(b"")
-    (tmp_path / "trials/t0003.json").write_text('{"id": "t0003", "of_another_version": 1}')
-    (tmp_path / "trials/t0004.json").write_text("null")
-    assert set(ledger_in(tmp_path).trials) == {"t0000"}
+    folder = tmp_path / "trials"
+    whole = (folder / "t0001.json").read_bytes()
+    for name, content in {
+        "t0001": whole[: len(whole) // 2],
+        "t0002": b"",
+        "t0003": b'{"id": "t0003", "of_another_version": 1}',
+        "t0004": b"null",
+        "t0005": whole,
+        "t0006": whole.replace(b'"t0001"', b'"t0006"').replace(b'"history": []', b'"history": 5'),
+        "t0007": b"\xff",
+        "plain-0": whole.replace(b'"t0001"', b'"plain-0"'),
+        "t0001 (copy)": whole,  # which is no trial's file
+        "notes": b"",
+    }.items():
+        (folder / f"{name}.json").write_bytes(content)
+    again = Ledger(place(tmp_path))
+    damaged = again.load()
+    assert set(again.trials) == {"t0000"}
+    assert set(damaged) == {*(f"t000{number}" for number in range(1, 8)), "plain-0"}
+    assert damaged["t0005"] == "it is of trial t0001, baseline = False"
+    assert "history" in damaged["t0006"]
+    assert not any("\n" in reason for reason in damaged.values())
 
 
 def test_a_folder_that_is_not_there_has_no_trials(tmp_path: Path) -> None:

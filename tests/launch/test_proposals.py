@@ -14,7 +14,7 @@ from amint_ray.config.points import grid
 from amint_ray.config.search import Search
 from amint_ray.contracts import UserError
 from amint_ray.launch.ledger import Ledger, State, TrialRecord
-from amint_ray.launch.proposals import Proposals
+from amint_ray.launch.proposals import REPEATED, Proposals
 
 PLAIN = {"metric": "task.accuracy", "most_below_plain": 0.02}
 FINISHED = "FINISHED"
@@ -137,6 +137,95 @@ def test_a_grid_is_gone_through_once(tmp_path: Path) -> None:
     assert proposing(fewer, Ledger(None)).planned == 4
 
 
+SIX = {"mint.head": {"choice": ["mlp", "conv"]}, "mint.hidden": {"randint": [3, 5]}}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe", "nsga2"])
+def test_a_small_space_is_tried_once_and_then_the_search_ends(
+    tmp_path: Path, algorithm: str
+) -> None:
+    names = (f"algorithm.name={algorithm}", "algorithm.startup=2")
+    two = [{"metric": "membership.member.auc"}, {"metric": "task.accuracy"}]
+    search = searched(tmp_path, *names, "seeds=2", space=SIX, objective=two)
+    for _ in range(2):  # a driver dies when four have been tried
+        ledger = ledger_in(tmp_path)
+        proposals = proposing(search, ledger)
+        assert proposals.planned == 12
+        for _ in range(8):
+            if (name := ask(proposals)) != FINISHED:
+                play(ledger, proposals, str(name), {1: {"auc": 0.9, "accuracy": 0.9}})
+    assert not proposals.left
+    trials = ledger.where(lambda trial: trial.seed == 0)
+    found = [(trial.parameters, trial.settings) for trial in trials]
+    assert sorted(found, key=str) == sorted(grid(search.space), key=str)
+    assert proposals.exhausted == "all 6 configurations of the space were tried"
+
+
+def test_it_is_not_said_that_all_was_tried_where_the_budget_ended_it(tmp_path: Path) -> None:
+    for number, names in enumerate((["budget.trials=6"], ["algorithm.name=grid"], [])):
+        search = searched(tmp_path, *names, space=SIX)
+        proposals = proposing(search, Ledger(None))
+        assert proposals.exhausted is None
+        while ask(proposals) != FINISHED:
+            assert proposals.exhausted is None or not proposals.left
+        assert (proposals.exhausted is None) == (number < 2)
+    more = searched(tmp_path, "algorithm.name=grid", "budget.trials=7", space=SIX)
+    assert proposing(more, Ledger(None)).planned == 6
+
+
+def test_a_space_in_which_nothing_varies_is_one_configuration(tmp_path: Path) -> None:
+    search = searched(
+        tmp_path, "seeds=2", space={"mint.hidden": 8, "mint.head": {"choice": ["mlp"]}}
+    )
+    proposals = proposing(search, Ledger(None))
+    assert proposals.planned == 2
+    assert [ask(proposals) for _ in range(3)] == ["t0000", "t0001", FINISHED]
+    assert proposals.exhausted == "the only configuration of the space was tried"
+
+
+def test_what_a_branch_has_once_is_tried_once_though_others_have_numbers(tmp_path: Path) -> None:
+    branches = {"one": {"mint.taps": "entry"}, "two": {"train.lr": {"uniform": [0.1, 1]}}}
+    search = searched(tmp_path, space={"b": {"branches": branches}})
+    ledger = Ledger(None)
+    proposals = proposing(search, ledger)
+    assert proposals.planned == 16
+    while (name := ask(proposals)) != FINISHED:
+        auc = 0.9 if ledger.trials[str(name)].parameters["b"] == "one" else 0.5
+        play(ledger, proposals, str(name), {1: {"auc": auc}})
+    picked = [trial.parameters["b"] for trial in ledger.where(lambda trial: True)]
+    assert (len(picked), picked.count("one")) == (16, 1)
+    assert proposals.exhausted is None
+
+
+def test_trials_that_were_forgotten_are_trained_again(tmp_path: Path) -> None:
+    """Their files were damaged; the plain model comes first, as ever."""
+    space = {"mint.hidden": {"randint": [3, 6]}}
+    for names in (["algorithm.name=grid"], ["algorithm.name=random", "budget.trials=4"]):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        search = searched(folder, *names, "seeds=2", space=space, constraint=PLAIN)
+        ledger = ledger_in(folder)
+        proposals = proposing(search, ledger)
+        while isinstance(name := ask(proposals), str) and name != FINISHED:
+            play(ledger, proposals, name, {1: {"auc": 0.5, "accuracy": 0.9}})
+        whole = {name: (trial.seed, trial.settings) for name, trial in ledger.trials.items()}
+        assert len(whole) == 10
+        lost = ("plain-1", "t0002", "t0003", "t0007")
+        for name in lost:
+            (folder / f"trials/{name}.json").write_text("{")
+        ledger = ledger_in(folder)
+        again = proposing(search, ledger)
+        assert again.left
+        assert [ask(again) for _ in range(2)] == ["plain-1", None]
+        play(ledger, again, "plain-1", {1: {"accuracy": 0.9}})
+        # First the seed that is missing of a configuration that is known.
+        assert [ask(again) for _ in range(4)] == ["t0007", "t0002", "t0003", FINISHED]
+        now = {name: (trial.seed, trial.settings) for name, trial in ledger.trials.items()}
+        same = set(whole) if "algorithm.name=grid" in names else {*whole} - {"t0002", "t0003"}
+        assert {name: now[name] for name in same} == {name: whole[name] for name in same}
+        assert set(now) == set(whole)
+
+
 def test_nothing_can_influence_the_first_ones(tmp_path: Path) -> None:
     """Which is why they can be shown before the search begins."""
     search = searched(tmp_path, algorithm={"startup": 6})
@@ -172,11 +261,16 @@ def known(proposals: Proposals) -> list[Any]:
     """All that Optuna's samplers can know of the trials."""
     return [
         (
-            *(trial.number, trial.state, trial.params, trial.distributions, trial.values),
+            *(number, trial.state, trial.params, trial.distributions, trial.values),
             *(trial.intermediate_values, trial.constraints),
         )
-        for trial in proposals._study.trials
+        for number, trial in enumerate(run(proposals))
     ]
+
+
+def run(proposals: Proposals) -> list[Any]:
+    """Optuna's trials but those that were drawn and, being repetitions, not run."""
+    return [trial for trial in proposals._study.trials if REPEATED not in trial.user_attrs]
 
 
 TWO = [{"metric": "membership.member.auc"}, {"metric": "task.accuracy"}]
@@ -212,8 +306,7 @@ def test_after_a_kill_a_search_goes_on(
     assert [ask(again) for _ in range(4)] == ["t0014", "t0016", "t0017", "t0018"]
     assert others.trials["t0017"].settings == before["t0016"]
     assert {name: others.trials[name].settings for name in before} == before
-    if algorithm != "nsga2":  # whose children may be like a parent
-        assert others.trials["t0018"].settings not in before.values()
+    assert others.trials["t0018"].settings not in before.values()
     assert others.trials["t0018"].configuration == 9
 
     assert ask(whole) == "t0017"
@@ -252,14 +345,14 @@ def test_nsga2_goes_on_in_the_generation_it_was_in(tmp_path: Path) -> None:
     ask(whole)  # still under way
 
     def generations(proposals: Proposals) -> list[Any]:
-        trials = proposals._study.trials
+        trials = run(proposals)
         return [trial.system_attrs.get("NSGAIISampler:generation") for trial in trials]
 
     again = proposing(search, ledger_in(tmp_path))
     assert generations(whole) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
     assert generations(again) == generations(whole)
     for proposals in (whole, again):
-        while len(proposals._study.trials) < 12:
+        while len(run(proposals)) < 12:
             ask(proposals)
         assert generations(proposals)[-1] == 2
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from launch.silent import Silent
 from amint_ray.config.search import search_fingerprint
 from amint_ray.contracts import UserError
 from amint_ray.launch import runs, search_folder
-from amint_ray.launch.search_folder import SearchFolder, open_search, spent
+from amint_ray.launch.search_folder import SearchFolder, done_search, open_search, spent
 from amint_ray.storage import Location, locate
 
 
@@ -63,7 +64,12 @@ def test_a_search_that_is_done_goes_on_if_more_may_be_spent(
     begun(tmp_path, storage).note(ended=True, spent=spent(search), document={"best": {"id": 3}})
     done = open_search(search, storage, Silent(), new=False).record
     assert (done.ended, done.attempts, done.document) == (True, 1, {"best": {"id": 3}})
+    found = done_search(search, storage)
+    assert found is not None and found.record == done
+    for more in ("seeds=2", "name=other"):
+        assert done_search(searched(tmp_path, more), storage) is None
     for more in ("budget.trials=99", "final.seeds=5"):
+        assert done_search(searched(tmp_path, more), storage) is None
         on = open_search(searched(tmp_path, more), storage, Silent(), new=False).record
         assert (on.name, on.ended, on.attempts) == (done.name, False, 2)
 
@@ -123,12 +129,39 @@ def test_a_new_one_can_be_gone_on_with_by_its_name(tmp_path: Path, storage: Loca
         assert (again.place.uri, again.record.run_id) == (new.place.uri, "abc")
 
 
-@pytest.mark.parametrize("text", ['{"name": ', "null", '{"name": "a"}', ""])
-def test_a_record_that_is_damaged(tmp_path: Path, storage: Location, text: str) -> None:
-    begun(tmp_path, storage)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"name": ', ""),
+        ("null", ""),
+        ('{"name": "a"}', "fingerprint: "),
+        ("", ""),
+        ("[1]", ""),
+        ('{"of_another_version": 1}', "of_another_version"),
+        ('{"name": 3}', "name: "),
+        ('{"identity": [1]}', "identity: "),
+        ('{"attempts": "twice"}', "attempts: "),
+        ('{"ended": "yes"}', "ended: "),
+        ('{"document": 5}', "document: "),
+    ],
+)
+def test_a_record_that_is_damaged(tmp_path: Path, storage: Location, text: str, says: str) -> None:
+    folder = begun(tmp_path, storage)
+    if says and says != "fingerprint: ":  # all else is as it was
+        text = json.dumps(asdict(folder.record) | json.loads(text))
     (Path(storage.path) / "searches/mine/search.json").write_text(text)
-    with pytest.raises(UserError, match=r"mine/search\.json is damaged .*remove the folder, or"):
+    with pytest.raises(UserError) as told:
         open_search(searched(tmp_path), storage, Silent(), new=False)
+    found = str(told.value)
+    assert "mine/search.json is damaged (" in found and "remove the folder, or" in found
+    assert says in found and "\n" not in found
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path, storage: Location) -> None:
+    figures = {"best": {"auc": float("nan"), "epoch": 3}, "final": None}
+    begun(tmp_path, storage).note(seconds=9, document=figures)
+    found = open_search(searched(tmp_path), storage, Silent(), new=False).record
+    assert repr(found.document) == repr(figures)
 
 
 def test_a_search_whose_driver_lives_is_not_taken_over(tmp_path: Path, storage: Location) -> None:
@@ -232,4 +265,6 @@ def test_the_winners_trainings_are_kept(tmp_path: Path, storage: Location) -> No
     folder.note_final("winner-1", {"run_id": "abc"})
     assert begun(tmp_path, storage).final("winner-1") == {"run_id": "abc"}
     (Path(storage.path) / "searches/mine/final/winner-1.json").write_text('{"run')
+    assert folder.final("winner-1") is None
+    (Path(storage.path) / "searches/mine/final/winner-1.json").write_text("[1]")
     assert folder.final("winner-1") is None

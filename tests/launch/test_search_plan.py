@@ -134,18 +134,38 @@ def test_the_plain_model_has_no_membership(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_number_of_images_gives_is_told_before_they_are_read(tmp_path: Path) -> None:
-    for changes, what in (
-        ({"objective": {"metric": "task.acuracy"}}, "objective 'task.acuracy'"),
-        ({"constraint": {"metric": "accuracy", "at_least": 1}}, "constraint on 'accuracy'"),
+    def paper(metric: str) -> dict[str, Any]:
+        return {"source": "s", "rows": "r", "columns": "c", "figures": [metric], "cells": {}}
+
+    for changes, what, near in (
+        (
+            {"objective": {"metric": "task.acuracy"}},
+            "objective 'task.acuracy'",
+            ", did you mean 'task.accuracy'?",
+        ),
+        (
+            {"constraint": {"metric": "accuracy", "at_least": 1}},
+            "constraint on 'accuracy'",
+            ", did you mean 'task.accuracy'?",
+        ),
+        (
+            {"paper": paper("membership.withheld.acu")},
+            "paper.figures 'membership.withheld.acu'",
+            ", did you mean 'membership.withheld.auc'?",
+        ),
+        ({"paper": paper("zzz")}, "paper.figures 'zzz'", ";"),
     ):
         found = complaint(searched(tmp_path, **changes))
-        assert found.startswith(f"search: {what}: no trial reports that; there are ")
+        assert found.startswith(f"search: {what}: no trial reports that{near} there are "), found
         listed = set(found.partition("there are ")[2].split(", "))
         assert {"task.accuracy", "task.loss", "membership.member.tpr_at_fpr.0.001"} <= listed
         assert not any(name.endswith((".low", ".high")) for name in listed)
-    rare = {"metric": "membership.member.tpr_at_fpr.0.001"}  # depends on how many there are
+    rare = "membership.member.tpr_at_fpr.0.001"  # depends on how many there are
     one = {"mint.hidden": {"choice": [8, 16]}}
-    plan_search(searched(tmp_path, objective=rare, space=one), Silent())
+    search = searched(tmp_path, objective={"metric": rare}, paper=paper(rare), space=one)
+    plan_search(search, Silent())
+    unknown = searched(tmp_path, paper=paper(rare), space=one)
+    check_on_images(plan_of(unknown), manifest(400))  # a dash in the table
 
 
 def test_what_trains_no_model(tmp_path: Path) -> None:

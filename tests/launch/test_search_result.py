@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from launch.silent import Silent
 
+from amint_ray.config.search_schema import Paper
+from amint_ray.evaluation.search import configurations
 from amint_ray.launch.search_folder import SearchFolder, SearchRecord
-from amint_ray.launch.search_result import shown_again
+from amint_ray.launch.search_result import _beside_paper, shown_again
 from amint_ray.storage import Location, locate, write_atomically
 
 DONE: dict[str, Any] = {
@@ -55,10 +57,44 @@ def test_a_done_search_on_object_storage_leaves_the_recipe_where_it_is_shown(
     watcher = Silent()
     document = shown_again(folder, watcher)
     assert (document["recipe_file"], document["next"]) == (None, None)
-    assert "winner.yaml alone" in watcher.notices[0]
+    assert "winner.yaml alone" in watcher.notices[-1]
 
 
 def test_a_recipe_that_is_gone_is_not_named(tmp_path: Path) -> None:
     assert shown_again(done(tmp_path, DONE, remote=False), Silent())["recipe_file"] is None
     nothing = {**DONE, "best": None, "recipe_file": None, "next": None}
     assert shown_again(done(tmp_path, nothing, remote=False), Silent()) == nothing
+
+
+def test_figures_of_a_published_table_keep_their_names_apart() -> None:
+    names = (
+        *("membership.member.auc", "membership.withheld.auc"),
+        *("membership.member.tpr_at_fpr.0.01", "task.accuracy"),
+    )
+    paper = Paper.model_validate(
+        {
+            "source": "s",
+            "rows": "mint.taps",
+            "columns": "mint.hidden",
+            "figures": list(names),
+            "cells": {"entry": {"8": [0.1, 0.2, 0.3, 0.4], "16": [0.5, 0.6, 0.7, 0.8]}},
+        }
+    )
+    figures = {name: {"value": i / 10, "low": 0.0, "high": 1.0} for i, name in enumerate(names)}
+    trial = {
+        "id": "t0000",
+        "configuration": 0,
+        "seed": 0,
+        "baseline": False,
+        "state": "done",
+        "parameters": {"mint.taps": "entry", "mint.hidden": 8},
+        "settings": {},
+        "figures": figures,
+        "violation": None,
+    }
+    found, missing = _beside_paper(paper, configurations([trial], []))
+    labels = ["member.auc", "withheld.auc", "member.tpr_at_fpr.0.01", "accuracy"]
+    assert found["paper"] == dict(zip(labels, (0.1, 0.2, 0.3, 0.4), strict=True))
+    assert [found["ours"][label]["value"] for label in labels] == [0.0, 0.1, 0.2, 0.3]
+    assert list(missing["paper"].values()) == [0.5, 0.6, 0.7, 0.8]
+    assert missing["ours"] == dict.fromkeys(labels)
