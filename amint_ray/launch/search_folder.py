@@ -1,8 +1,7 @@
 """Where a search is kept, and whether this command may go on with it.
 
 searches/NAME/search.json     what the search is; MLflow's run; whether it has ended
-searches/NAME/driver.json     a number that rises while its driver lives
-searches/NAME/claim           which driver that is
+searches/NAME/driver.json, claim     who is at work on it (`claim.py`)
 searches/NAME/trials/         a file a trial (`ledger.py`)
 searches/NAME/runs/           the trials' trainings, with their checkpoints
 searches/NAME/final/          a file for each training of the winner
@@ -16,20 +15,17 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from amint_ray.config.search import Search, identity, search_fingerprint
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.claim import Claim
 from amint_ray.launch.kept import read_kept
-from amint_ray.launch.runs import beating, beats, standing_still
-from amint_ray.storage import Location, delete, open_input, write_atomically
+from amint_ray.storage import Location, open_input, write_atomically
 
-_RECORD, _DRIVER, _CLAIM = "search.json", "driver", "claim"
-_SECONDS_TO_SETTLE = 2.0
-"""After which two drivers that began at the same time both see whose claim stands."""
+_RECORD = "search.json"
 
 
 @dataclass(frozen=True)
@@ -68,18 +64,11 @@ class SearchFolder:
         place: where it is.
         record: as it will be written next.
 
-    Args:
-        place: see there.
-        record: see there.
-        before: the last sign of life of a driver that has died; None: there is none.
+        claim: this driver's hold on it.
     """
 
-    def __init__(
-        self, place: Location, record: SearchRecord, *, before: bytes | None = None
-    ) -> None:
-        self.place, self.record = place, record
-        self._before = before
-        self._token, self._claimed = "", 0.0
+    def __init__(self, claim: Claim, record: SearchRecord) -> None:
+        self.place, self.claim, self.record = claim.place, claim, record
         self._noted = False
 
     @property
@@ -114,59 +103,16 @@ class SearchFolder:
             UserError: another driver has begun since this folder was opened.
             RunError: storage does not take the files.
         """
-        if beats(self.place).get(_DRIVER) != self._before:
-            raise _at_work(self.place)
-        self._token = secrets.token_hex(8)
         try:
-            with beating(self.place, _DRIVER) as sign:
-                self._claim()
+            with self.claim.held() as sign:
                 yield sign
         finally:
-            if self._mine() and (self.record.ended or not self._noted):
-                self._leave()
-
-    def _claim(self) -> None:
-        try:
-            with write_atomically(self.place, _CLAIM) as file:
-                file.write(self._token.encode())
-        except OSError as error:
-            raise RunError(f"{self.place.uri}: {first_line(error)}") from error
-        self._claimed = time.monotonic()
+            if self.claim.mine() and (self.record.ended or not self._noted):
+                self.claim.leave()
 
     def settle(self, watcher: Watcher) -> None:
-        """See that no other driver began at the same time; to be called while `alive`.
-
-        Before this, nothing may be written that another driver would read.
-
-        Args:
-            watcher: can end the wait.
-
-        Raises:
-            UserError: one did, and it is the one that goes on.
-        """
-        while time.monotonic() < self._claimed + _SECONDS_TO_SETTLE:
-            watcher.heartbeat()
-            time.sleep(0.05)
-        if not self._mine():
-            raise _at_work(self.place)
-
-    def _mine(self) -> bool:
-        """Whether this driver is the last that claimed the folder."""
-        try:
-            with open_input(self.place, _CLAIM) as file:
-                return bytes(file.read()).decode() == self._token
-        except OSError:
-            return False
-
-    def _leave(self) -> None:
-        """Take back what `alive` wrote; a folder that has nothing else in it goes, too."""
-        for name in (f"{_DRIVER}.json", _CLAIM):
-            with contextlib.suppress(OSError):
-                delete(self.place, name)
-        if not self.place.remote:
-            with contextlib.suppress(OSError):  # there is more in it
-                Path(self.place.path).rmdir()
-                Path(self.place.path).parent.rmdir()
+        """See that no other driver began at the same time; see `Claim.settle`."""
+        self.claim.settle(watcher)
 
     def clean(self, ended: Sequence[str]) -> None:
         """Delete what nobody goes on with: trainings of ended trials, and all of Tune's own files.
@@ -235,22 +181,20 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
         name = f"{name[:59]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         watcher.notice(f"to go on with this search: the same command, name={name} for --new")
     place = storage.below(f"searches/{name}")
-    record, before = _read(place), beats(place)
+    claim, record = Claim(place, "search"), _read(place)
     if record is not None and record.fingerprint != fingerprint:
         raise UserError(
             f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
             "this one another name (name=OTHER), or begin anew beside it with --new"
         )
     ended = record is not None and _is_done(record, search)
-    signs = {name: beat for name, beat in before.items() if name == _DRIVER}
-    if signs and not ended and not standing_still(place, signs, watcher):
-        raise _at_work(place)
+    claim.look(watcher, wait=not ended)
     if record is None:
         unique = f"{name}-{secrets.token_hex(3)}"
         record = SearchRecord(unique, fingerprint, identity(search))
     attempts = record.attempts + (not ended)
     record = replace(record, ended=ended, attempts=attempts)
-    return SearchFolder(place, record, before=signs.get(_DRIVER))
+    return SearchFolder(claim, record)
 
 
 def done_search(search: Search, storage: Location) -> SearchFolder | None:
@@ -268,7 +212,7 @@ def done_search(search: Search, storage: Location) -> SearchFolder | None:
     record = _read(place)
     if record is None or record.fingerprint != search_fingerprint(search):
         return None
-    return SearchFolder(place, record) if _is_done(record, search) else None
+    return SearchFolder(Claim(place, "search"), record) if _is_done(record, search) else None
 
 
 def _is_done(record: SearchRecord, search: Search) -> bool:
@@ -293,13 +237,6 @@ def _read(place: Location) -> SearchRecord | None:
             f"search: {place.uri}/{_RECORD} is damaged ({first_line(error)}); remove the folder, "
             "or give the search another name (name=OTHER)"
         ) from error
-
-
-def _at_work(place: Location) -> UserError:
-    return UserError(
-        f"search: another process is at work on {place.uri}; wait until it has ended, or stop "
-        "it first"
-    )
 
 
 def _folders(place: Location) -> list[FileInfo]:

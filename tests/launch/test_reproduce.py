@@ -19,17 +19,8 @@ from amint_ray.contracts import UserError, leaves
 from amint_ray.data.memory import load_memory
 from amint_ray.data.roles import Manifest
 from amint_ray.data.sources import open_source
-from amint_ray.launch.reproduce import (
-    _outcome,
-    check_overrides,
-    check_same,
-    compare,
-    compare_code,
-    differences,
-    fetch,
-    reproduce,
-    verdict,
-)
+from amint_ray.launch.earlier import check_overrides, check_same, differences, fetch
+from amint_ray.launch.reproduce import _outcome, compare, compare_code, reproduce, verdict
 from amint_ray.tracking.run_log import environment, open_run, run_of
 
 FIGURES = {

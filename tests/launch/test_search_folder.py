@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from launch.silent import Silent
 
 from amint_ray.config.search import search_fingerprint
 from amint_ray.contracts import UserError
-from amint_ray.launch import runs, search_folder
+from amint_ray.launch import runs
 from amint_ray.launch.search_folder import SearchFolder, done_search, open_search, spent
 from amint_ray.storage import Location, locate
 
@@ -179,27 +178,6 @@ def test_a_search_whose_driver_lives_is_not_taken_over(tmp_path: Path, storage: 
     with last.alive():  # what is done is only looked at
         last.note(ended=True, spent=spent(searched(tmp_path)))
         assert open_search(searched(tmp_path), storage, Silent(), new=False).record.ended
-
-
-def test_of_two_drivers_that_begin_together_one_goes_on(
-    tmp_path: Path, storage: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search_folder, "_SECONDS_TO_SETTLE", 0.1)
-    one, other, late = (
-        open_search(searched(tmp_path), storage, Silent(), new=False) for _ in range(3)
-    )
-    with contextlib.ExitStack() as stack:
-        # Neither has seen the other's sign when it leaves its own.
-        monkeypatch.setattr(search_folder, "beats", lambda place: {})
-        stack.enter_context(one.alive())
-        stack.enter_context(other.alive())
-        monkeypatch.undo()
-        other.settle(Silent())
-        with pytest.raises(UserError, match="another process is at work"):
-            one.settle(Silent())
-        with pytest.raises(UserError, match="another process is at work"), late.alive():
-            pass
-        other.note(manifest="f" * 64)
 
 
 def test_before_anything_is_noted_a_driver_is_seen_to_live(

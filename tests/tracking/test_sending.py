@@ -16,7 +16,7 @@ from tracking.mlflow_server import MlflowServer, door
 
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
-from amint_ray.launch.reproduce import fetch
+from amint_ray.launch.earlier import fetch
 from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import open_run, run_of
 from amint_ray.tracking.sending import Delivery, MLflowSender
