@@ -119,9 +119,7 @@ def _tell_apart(
     """Each detector's AUC, from the scores of classifiers that did not see what they score."""
     rows = np.r_[: len(positives), : len(negatives)]
     positive, half = np.arange(len(rows)) < len(positives), rows % 2 == 0
-    parts = []
-    for images in (positives, negatives):
-        parts += np.array_split(images, min(len(images), 1 + images.size // _BYTES_AT_ONCE))
+    parts = [*in_parts(positives), *in_parts(negatives)]
     found = {}
     for name, (prepare, detect) in _DETECTORS.items():
         inputs, limits = np.concatenate([prepare(part) for part in parts]), []
@@ -133,7 +131,12 @@ def _tell_apart(
     return found
 
 
-def _statistics(images: Images) -> npt.NDArray[np.float32]:
+def in_parts(images: Images) -> list[Images]:
+    """The images in parts whose statistics do not take much memory."""
+    return np.array_split(images, max(1, min(len(images), 1 + images.size // _BYTES_AT_ONCE)))
+
+
+def pixel_statistics(images: Images) -> npt.NDArray[np.float32]:
     """(n, features): histograms of the exact bytes, moments, quantiles, energies of gradients.
 
     Images brightened by one grey level have no 0 and twice the 255, however alike the means are;
@@ -162,7 +165,9 @@ def _statistics(images: Images) -> npt.NDArray[np.float32]:
     return np.column_stack([*columns, odd, gaps, comb]).astype(np.float32)
 
 
-def _boosting(features: npt.NDArray[np.float32], positive: Mask, held: Mask, seed: int) -> Scores:
+def boosting_scores(
+    features: npt.NDArray[np.float32], positive: Mask, held: Mask, seed: int
+) -> Scores:
     """Scores of the `held` rows by gradient boosting fitted on the others."""
     from sklearn.ensemble import HistGradientBoostingClassifier  # takes a second
 
@@ -245,6 +250,6 @@ def _moments(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 _DETECTORS: dict[str, Any] = {
-    "pixel_statistics": (_statistics, _boosting),
+    "pixel_statistics": (pixel_statistics, boosting_scores),
     "small_network": (_with_high_pass, _network),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,61 +44,60 @@ def evaluate(
     loss = metrics.mean(test.task_loss, confidence=config.confidence)
     questions = (Role.MEMBER, Role.WITHHELD)
     head = {
-        role.value: _membership(table, role, table.mint_logit, config, half=0.0, called=negatives)
+        role.value: membership_figures(
+            table.role, table.mint_logit, config, of=role, half=0.0, called=negatives
+        )
         for role in questions
     }
     if not head_trained:
-        head = _blank(head, "the MINT head was not trained (loss.lambda_mint = 0)")
+        head = blank(head, "the MINT head was not trained (loss.lambda_mint = 0)")
     return {
         "confidence": config.confidence,
         "task": {"accuracy": accuracy.as_dict(), "loss": loss.as_dict()},
         "membership": head,
         "loss_threshold": {
-            role.value: _membership(
-                table, role, -table.task_loss, config, half=None, called=negatives
+            role.value: membership_figures(
+                table.role, -table.task_loss, config, of=role, called=negatives
             )
             for role in questions
         },
     }
 
 
-def _membership(
-    table: ScoreTable,
-    role: Role,
+def membership_figures(
+    role: npt.NDArray[np.str_],
     scores: Scores,
     config: Evaluation,
     *,
-    half: float | None,
-    called: str,
+    of: Role,
+    half: float | None = None,
+    called: str = Role.TEST.value,
 ) -> dict[str, Any]:
-    """The figures of one question: `role` against `test`, by one score.
+    """The figures of one question: the role `of` against `test`, by one score.
 
     Args:
-        table: tells the roles.
-        role: the positives.
-        scores: (n,) one a row of the table.
+        role: (n,) `Role` values.
+        scores: (n,) larger means "more likely trained on".
         config: levels and confidences.
+        of: the positives.
         half: the score that stands for a membership probability of 0.5, if there is one.
         called: what the negatives are.
+
+    Returns:
+        `compared`, `auc`, `threshold` (from `calibration`) and what follows from it, `tpr_at_fpr`
+        and `realised_fpr_at`. Leaves are `{value, low, high}`.
     """
-    positives = scores[table.role == role.value]
-    negatives = scores[table.role == Role.TEST.value]
-    calibration = scores[table.role == Role.CALIBRATION.value]
+    positives = scores[role == of.value]
+    negatives = scores[role == Role.TEST.value]
+    calibration = scores[role == Role.CALIBRATION.value]
     confidence = config.confidence
 
     def rates(threshold: float) -> tuple[Interval, Interval]:
-        return (
-            metrics.proportion(
-                int((positives > threshold).sum()), len(positives), confidence=confidence
-            ),
-            metrics.proportion(
-                int((negatives > threshold).sum()), len(negatives), confidence=confidence
-            ),
-        )
+        return _rates(threshold, positives, negatives, confidence=confidence)
 
     figures: dict[str, Any] = {
         "compared": {
-            "positives": role.value,
+            "positives": of.value,
             "n_positives": len(positives),
             "negatives": called,
             "n_negatives": len(negatives),
@@ -135,29 +133,39 @@ def _membership(
         figures["balanced_accuracy_at_half"] = metrics.balanced_accuracy(*rates(half)).as_dict()
     figures["tpr_at_fpr"], figures["realised_fpr_at"] = {}, {}
     for target in config.fprs:
-        tpr, fpr = _rates_at(target, rates, negatives, calibration, config, called)
+        tpr, fpr = rates_at(target, positives, negatives, calibration, config, called=called)
         figures["tpr_at_fpr"][f"{target:g}"] = tpr.as_dict()
         figures["realised_fpr_at"][f"{target:g}"] = fpr.as_dict()
     return figures
 
 
-def _blank(figures: dict[str, Any], note: str) -> dict[str, Any]:
+def blank(figures: dict[str, Any], note: str) -> dict[str, Any]:
     """The same document with nothing stated in it, and why."""
     if "value" in figures:
         return Interval.unknown(note).as_dict()
-    blank = {k: _blank(v, note) if isinstance(v, dict) else v for k, v in figures.items()}
-    return blank | ({"threshold": None} if "threshold" in blank else {})
+    empty = {k: blank(v, note) if isinstance(v, dict) else v for k, v in figures.items()}
+    return empty | ({"threshold": None} if "threshold" in empty else {})
 
 
-def _rates_at(
+def rates_at(
     target: float,
-    rates: Callable[[float], tuple[Interval, Interval]],
+    positives: Scores,
     negatives: Scores,
     calibration: Scores,
     config: Evaluation,
-    called: str,
+    *,
+    called: str = Role.TEST.value,
 ) -> tuple[Interval, Interval]:
-    """TPR and realised FPR at the threshold calibrated to `target`, where they mean anything."""
+    """TPR and realised FPR at the threshold calibrated to `target`, where they mean anything.
+
+    Args:
+        target: the false-positive rate aimed at.
+        positives: (m,) scores.
+        negatives: (n,) scores.
+        calibration: (k,) scores that the threshold comes from.
+        config: fewest false positives to be expected, and the confidence.
+        called: what the negatives are.
+    """
     expected = target * len(negatives)
     if expected < config.min_false_positives:
         unknown = Interval.unknown(
@@ -169,7 +177,17 @@ def _rates_at(
     if threshold is None:
         unknown = Interval.unknown(_too_small(target, calibration))
         return unknown, unknown
-    tpr, fpr = rates(threshold)
+    return _rates(threshold, positives, negatives, confidence=config.confidence)
+
+
+def _rates(
+    threshold: float, positives: Scores, negatives: Scores, *, confidence: float
+) -> tuple[Interval, Interval]:
+    """Shares of both above the threshold."""
+    tpr, fpr = (
+        metrics.proportion(int((scores > threshold).sum()), len(scores), confidence=confidence)
+        for scores in (positives, negatives)
+    )
     return tpr, fpr
 
 
