@@ -1,0 +1,1 @@
+"""Membership inference attacks of the literature, measured alike on one model and one split."""
