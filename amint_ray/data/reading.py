@@ -310,3 +310,35 @@ def read_plain(
             raise
     shape = (0, config.channels, config.image_size, config.image_size)
     return np.concatenate(found) if found else np.empty(shape, np.uint8)
+
+
+def plain_batches(
+    source: Source, rows: Rows, config: Data, positions: Positions, *, size: int
+) -> Iterator[tuple[Positions, torch.Tensor]]:
+    """Samples as they are scored, some at a time; those of a shard together.
+
+    Args:
+        source: where they are.
+        rows: of all samples.
+        config: tells the transforms.
+        positions: which samples.
+        size: most of a batch.
+
+    Yields:
+        Which samples, and (k, channels, image size, image size) uint8; what cannot be had is
+        missing.
+
+    Raises:
+        RunError: storage does not answer.
+    """
+    ordered = positions[np.argsort(rows.shard[positions], kind="stable")]
+    piece, total = Piece(ordered), len(ordered)  # a single one: no shard is read twice
+    batches = (
+        (Wanted(piece, i, i) for i in range(start, min(start + size, total)))
+        for start in range(0, total, size)
+    )
+    for part in read_parts(source, rows, config, batches):
+        if part.broken is not None:
+            raise RunError(f"data: storage no longer answers: {part.broken}")
+        if part.plain is not None:
+            yield ordered[np.array(part.plain_slot)], part.plain
