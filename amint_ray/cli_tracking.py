@@ -108,4 +108,42 @@ def sync(folders: tuple[Path, ...], as_json: bool) -> None:
     click.get_current_context().exit(1 if problems else 0)
 
 
-COMMANDS = (models, promote, reproduce, sync)
+@click.command()
+@click.argument("model")
+@click.option(
+    "--methods",
+    default="all",
+    metavar="NAME,…",
+    help="All, or some: mint, yeom, salem_entropy, watson, lira_online, rmia_offline …",
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@_JSON
+@click.option("--verbose", is_flag=True, help="Let Ray and MLflow talk, and show tracebacks.")
+def attack(
+    model: str, methods: str, overrides: tuple[str, ...], as_json: bool, verbose: bool
+) -> None:
+    """Attack MODEL by every method of the literature, beside its own MINT head.
+
+    MODEL is models:/NAME/VERSION, models:/NAME@ALIAS or a run's id. All methods are asked about the
+    run's own images: member against test, and withheld against test. Shadow models are trained with
+    the run's own recipe; what an attack did before is used again. Overrides say where data and
+    storage are now, and how the attack is made (attack.shadows=32; docs/attacks.md).
+
+    For instance: amint attack models:/amint-digits@challenger --methods yeom,rmia_online
+    """
+    from amint_ray.attack_tables import print_attack
+    from amint_ray.display import open_display, results_only
+    from amint_ray.tables import print_document
+
+    with results_only(verbose=verbose) as stdout:
+        display = open_display(raise_if_stopped, plain=verbose)
+        try:
+            from amint_ray.launch.attack_run import run_attack  # torch and timm: seconds
+
+            document = run_attack(model, methods, overrides, display, verbose=verbose)
+        finally:
+            display.close()
+    print_document(document, print_attack, stdout, as_json=as_json)
+
+
+COMMANDS = (attack, models, promote, reproduce, sync)

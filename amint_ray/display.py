@@ -67,6 +67,13 @@ class LiveDisplay:
             self._losses = losses(event)
         elif event["phase"] == "read":
             self._progress.update(self._task, completed=event["done"], total=event["total"])
+        elif event["phase"] == "parts":
+            self._progress.update(
+                self._task,
+                completed=event["epochs"],
+                total=event["epochs_total"] or None,
+                detail=parts(event),
+            )
         elif event["phase"] == "evaluate":
             self.phase("scoring every sample")
 
@@ -120,6 +127,8 @@ class PlainDisplay:
         elif event["phase"] == "read":
             if time.monotonic() - self._started >= _SECONDS_BETWEEN_LINES and self._now_and_then():
                 self._print(f"{event['done']:,} of {event['total']:,} images")
+        elif event["phase"] == "parts" and self._now_and_then():
+            self._print(parts(event))
         elif event["phase"] == "epoch" and self._now_and_then():
             self._print(f"epoch {event['epoch']:g}  {losses(event)}{self._pace}{lost(self._lost)}")
 
@@ -160,6 +169,14 @@ def losses(event: Mapping[str, Any]) -> str:
     text = f"task {event['train/task_loss']:.4f}"
     if "train/mint_loss" in event:
         text += f"  mint {event['train/mint_loss']:.4f}"
+    return text
+
+
+def parts(event: Mapping[str, Any]) -> str:
+    """How many parts of an attack are done, and how far its trainings are."""
+    text = f"{event['done']} of {event['total']} parts done"
+    if event["epochs_total"]:
+        text += f", {event['epochs']:.0f} of {event['epochs_total']:.0f} epochs trained"
     return text
 
 

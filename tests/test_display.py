@@ -53,6 +53,26 @@ def test_live_form_shows_epoch_losses_and_rate() -> None:
         assert part in text
 
 
+PARTS = {"phase": "parts", "done": 3, "total": 12, "epochs": 17.6, "epochs_total": 40.0}
+
+
+def test_parts_of_an_attack_in_both_forms() -> None:
+    out = io.StringIO()
+    plain = PlainDisplay(Console(file=out, width=80))
+    plain.event(PARTS)
+    plain.event({**PARTS, "done": 4})  # too soon after the last line
+    assert out.getvalue() == "amint: 3 of 12 parts done, 18 of 40 epochs trained\n"
+    out = io.StringIO()
+    live = LiveDisplay(Console(file=out, force_terminal=True, width=120))
+    live.phase("training and asking 12 parts")
+    live.event(PARTS)
+    live.event({**PARTS, "done": 5, "epochs": 0.0, "epochs_total": 0.0})  # nothing is trained
+    live._progress.refresh()
+    live.close()
+    assert "5 of 12 parts done" in out.getvalue()
+    assert "of 0 epochs" not in out.getvalue()
+
+
 def test_result_shows_figures_intervals_and_how_to_load() -> None:
     figure = {"value": 0.9, "low": 0.85, "high": 0.94}
     unknown = {"value": None, "low": None, "high": None, "note": "too few"}

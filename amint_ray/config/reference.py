@@ -1,7 +1,7 @@
 """The keys' pages, written from the schemas.
 
 `python -m amint_ray.config.reference` gives docs/config.md; with `search` behind it,
-docs/search_keys.md.
+docs/search_keys.md; with `attack`, docs/attack_keys.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from amint_ray.config.attack import AttackSettings
 from amint_ray.config.schema import Config
 from amint_ray.config.search_schema import SearchSpec
 
@@ -35,6 +36,14 @@ A file may begin with `extends: FILE` and give only what differs. Any key can be
 line, for instance `budget.trials=8`. A key that is none of these is one of the configuration
 ([config.md](config.md)), for all trials.
 """
+_ATTACK_HEAD = """# Keys of an attack
+
+Written by `make docs` from `amint_ray/config/attack.py`; edit the docstrings there.
+[attacks.md](attacks.md) says how they work together.
+
+They are set on the command line of `amint attack`, for instance `attack.shadows=32`. Beside them,
+where a run's images and storage are now may be given (`data.path`, `storage.path` …).
+"""
 
 
 def reference() -> str:
@@ -45,6 +54,11 @@ def reference() -> str:
 def search_reference() -> str:
     """All keys of a search file, as Markdown."""
     return "\n".join([_SEARCH_HEAD, *_section(SearchSpec, "")]) + "\n"
+
+
+def attack_reference() -> str:
+    """All keys of an attack, as Markdown."""
+    return "\n".join([_ATTACK_HEAD, *_section(AttackSettings, "attack.")]) + "\n"
 
 
 def _section(section: type[BaseModel], prefix: str, said: str = "") -> list[str]:
@@ -129,4 +143,5 @@ def _one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(search_reference() if sys.argv[1:] == ["search"] else reference(), end="")
+    pages = {"search": search_reference, "attack": attack_reference}
+    print(pages.get(" ".join(sys.argv[1:]), reference)(), end="")

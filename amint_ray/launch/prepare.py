@@ -183,12 +183,16 @@ def readers_of(config: Config) -> int:
 
 def settle_streams(prepared: Prepared, workers: int) -> Prepared:
     """Fix the number of streams: a run that goes on with other workers keeps its order."""
-    config = prepared.config
+    return replace(prepared, config=with_streams(prepared.config, workers))
+
+
+def with_streams(config: Config, workers: int) -> Config:
+    """The configuration with the number of streams fixed, where images are streamed."""
     if config.data.mode != "streamed" or config.data.streams is not None:
-        return prepared
+        return config
     streams = stream_count(workers * readers_of(config))
     data = config.data.model_copy(update={"streams": streams})
-    return replace(prepared, config=config.model_copy(update={"data": data}))
+    return config.model_copy(update={"data": data})
 
 
 def share(prepared: Prepared) -> tuple[dict[str, Any], Prepared]:
@@ -197,17 +201,21 @@ def share(prepared: Prepared) -> tuple[dict[str, Any], Prepared]:
     Returns:
         The argument of `worker.open_streams`, and the settings without the images.
     """
+    data = put_data(prepared.config, prepared.dataset)
+    return data, replace(prepared, dataset=replace(prepared.dataset, images=None))
+
+
+def put_data(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Put images or where they are into Ray's object store; see `worker.open_streams`."""
     import ray
 
-    config, dataset = prepared.config, prepared.dataset
     if dataset.images is None:
         return {
             "source": ray.put(dataset.source),
             "rows": ray.put(dataset.index.rows()),
             "readers": readers_of(config),
-        }, prepared
-    data = {"images": ray.put(dataset.images), "manifest": ray.put(dataset.index.manifest)}
-    return data, replace(prepared, dataset=replace(dataset, images=None))
+        }
+    return {"images": ray.put(dataset.images), "manifest": ray.put(dataset.index.manifest)}
 
 
 def worker_rows(config: Config, architecture: Architecture, smallest: int | None = None) -> int:

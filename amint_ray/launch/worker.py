@@ -6,14 +6,17 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import RunContext, RunError, Streams
+from amint_ray.contracts import Role, RunContext, RunError, Streams
 from amint_ray.launch.context import RayContext
 from amint_ray.launch.progress import give_up, given_up
 from amint_ray.train.loop import train
@@ -95,13 +98,20 @@ def nodes_without(sign: str | None) -> list[str]:
     return sorted(set(gather_lists([] if seen else [socket.gethostname()])))
 
 
-def open_streams(config: Config, data: Mapping[str, Any], context: RunContext) -> Streams:
+def open_streams(
+    config: Config,
+    data: Mapping[str, Any],
+    context: RunContext,
+    *,
+    roles: npt.NDArray[np.uint8] | None = None,
+) -> Streams:
     """This worker's part of the data.
 
     Args:
         config: the whole configuration, `data.mode` settled.
         data: references to `images` and `manifest`, or to `source` and `rows`; and `readers`.
         context: tells which worker this is.
+        roles: (n,) of all samples, in place of their own: places in `list(Role)`.
     """
     where: dict[str, Any] = {
         "rank": context.rank,
@@ -111,8 +121,14 @@ def open_streams(config: Config, data: Mapping[str, Any], context: RunContext) -
     if config.data.mode == "memory":
         from amint_ray.data.loading import MemoryStreams
 
-        return MemoryStreams(ray.get(data["images"]), ray.get(data["manifest"]), config, **where)
+        images, manifest = ray.get([data["images"], data["manifest"]])
+        if roles is not None:
+            names = np.array([role.value for role in Role])
+            manifest = replace(manifest, role=names[roles])
+        return MemoryStreams(images, manifest, config, **where)
     from amint_ray.data.streaming import StreamedStreams
 
     source, rows = ray.get([data["source"], data["rows"]])
+    if roles is not None:
+        rows = replace(rows, role=roles)
     return StreamedStreams(source, rows, config, readers=data["readers"], **where)

@@ -232,6 +232,38 @@ def load(uri: str) -> RegisteredModel:
         return _read(Path(folder), uri, expected)
 
 
+def run_of_model(client: MlflowClient, uri: str) -> str:
+    """Id of the MLflow run that trained a registered model.
+
+    Args:
+        client: of the MLflow that has it.
+        uri: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `runs:/RUN_ID/model`.
+
+    Raises:
+        UserError: there is no such model, or it has no run.
+    """
+    if of_run := re.fullmatch(rf"runs:/([0-9a-f]{{32}})(/{_LOGGED})?", uri):
+        return of_run[1]
+    if not uri.startswith("models:/"):
+        raise UserError(
+            f"{uri}: not a model of MLflow's, which has a run and its roles; give "
+            "models:/NAME/VERSION, models:/NAME@ALIAS or the id of a run"
+        )
+    try:
+        exact, _ = _found(client, uri)
+        name = exact.removeprefix("models:/")
+        if "/" not in name:
+            return str(client.get_logged_model(name).source_run_id)
+        run_id = client.get_model_version(*name.split("/")).run_id
+    except UserError:
+        raise
+    except Exception as error:  # MLflow's, the network's
+        raise UserError(f"{uri}: cannot be found: {first_line(error)}") from error
+    if not run_id:
+        raise UserError(f"{uri}: was registered without a run; its roles are not known")
+    return str(run_id)
+
+
 def _read(folder: Path, uri: str, expected: str | None) -> RegisteredModel:
     from amint_ray.tracking.registered import read_model  # torch and timm take seconds
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from amint_ray.config import reference
+from amint_ray.config.attack import AttackSettings
 from amint_ray.config.load import fingerprint, load_config
 from amint_ray.config.schema import Config
 from amint_ray.config.search_schema import SearchSpec
@@ -112,6 +113,14 @@ def test_written_reference_of_search_files_is_up_to_date_and_complete() -> None:
     for key in keys | set(schema["properties"]) - set(inner):
         assert re.search(rf"^\| `{key}` \| .+ \| .+ \| \S.+ \|$", page, re.MULTILINE), key
     stored = Path(__file__).resolve().parents[2] / "docs" / "search_keys.md"
+    assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
+
+
+def test_written_reference_of_attacks_is_up_to_date_and_complete() -> None:
+    page = reference.attack_reference()
+    for key in AttackSettings.model_fields:
+        assert re.search(rf"^\| `attack\.{key}` \| .+ \| .+ \| \S.+ \|$", page, re.MULTILINE), key
+    stored = Path(__file__).resolve().parents[2] / "docs" / "attack_keys.md"
     assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
 
 

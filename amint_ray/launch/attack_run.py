@@ -1,0 +1,255 @@
+"""`amint attack`: every attack of the literature on one model, on the same samples."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyarrow.fs import FileSelector, FileType
+
+from amint_ray.attacks.method import Method
+from amint_ray.attacks.methods import chosen
+from amint_ray.config.attack import AttackSettings, load_attack
+from amint_ray.config.schema import Config
+from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.launch.attack_parts import Done, Resources, check_disk, run
+from amint_ray.launch.attack_plan import AttackPlan, plan_attack
+from amint_ray.launch.attack_result import conclude
+from amint_ray.launch.claim import Claim
+from amint_ray.launch.cluster import address_of, connect
+from amint_ray.launch.dataset import find_source, index_on_ray, load_here
+from amint_ray.launch.earlier import Earlier, check_overrides, check_same, fetch
+from amint_ray.launch.prepare import check, put_data, with_streams
+from amint_ray.launch.room import machines_of_cluster, wait_for_room, wants_gpus
+from amint_ray.launch.search_folder import reading
+from amint_ray.storage import Location
+from amint_ray.tracking.registered import RegisteredModel
+from amint_ray.tracking.registry import load, run_of_model
+from amint_ray.tracking.versions import open_mlflow
+
+_PURPOSE = "attacked"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that is attacked.
+
+    Attributes:
+        uri: as the user named it.
+        earlier: what MLflow keeps of the run that trained it.
+        model: itself.
+        digest: hash of its weights.
+    """
+
+    uri: str
+    earlier: Earlier
+    model: RegisteredModel
+    digest: str
+
+
+def run_attack(
+    uri: str,
+    methods: str,
+    overrides: Sequence[str],
+    watcher: Watcher,
+    *,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Attack a model by several methods, and tell what each sees of `member` and of `withheld`.
+
+    What an attack of the same model, data, settings and code did before is used again.
+
+    Args:
+        uri: of the model (`models:/NAME/VERSION`, `models:/NAME@ALIAS`), or a run's id.
+        methods: "all", or names with commas.
+        overrides: `attack.KEY=VALUE`, and where data, storage and cluster are now.
+        watcher: is told how far it is.
+        verbose: let Ray talk.
+
+    Returns:
+        The attack's document, as `attack_result.conclude` describes it.
+
+    Raises:
+        UserError: a mistake of the user's.
+        RunError: a part of it failed.
+        BaseException: whatever a signal raises; what is done by then is kept.
+    """
+    started = time.perf_counter()
+    settings, rest = load_attack(overrides)
+    wanted = _possible(chosen(methods), settings, watcher, named=methods != "all")
+    check_overrides(rest, purpose=_PURPOSE)
+    target = _find(uri, rest, watcher)
+    config = _alone(target.earlier.config)
+    checked = check(config, watcher)
+    checkpoints = _checkpoints(checked.storage, target, watcher) if settings.snapshots else []
+    needs = _needs(wanted)
+    config, source = find_source(config, watcher)
+    dataset = load_here(config, source, watcher) if config.data.mode == "memory" else None
+    address = address_of(config.cluster)
+    watcher.phase("starting Ray")
+    with connect(address, verbose=verbose):
+        if address is not None:
+            wait_for_room(config.cluster, watcher)
+        if dataset is None:
+            dataset = index_on_ray(config, source, checked.storage, watcher)
+        check_same(target.earlier, dataset.index.manifest)
+        plan = plan_attack(
+            with_streams(config, workers=1),
+            settings,
+            dataset.index.manifest,
+            checked.storage,
+            needs=needs,
+            model=target.digest,
+            checkpoints=checkpoints,
+        )
+        _warn(target, watcher)
+        with reading(checked.storage):
+            check_disk(plan.place, plan.bytes_needed)
+        with _alone_at(plan.place, watcher):
+            # Ray's object store then has the images, and this process no more.
+            data = put_data(plan.config, dataset)
+            dataset = None
+            done = _run(plan, data, target, watcher)
+            document = conclude(plan, target.earlier, wanted, done, watcher, uri=uri)
+    return {**document, "seconds": {**document["seconds"], "total": time.perf_counter() - started}}
+
+
+def _warn(target: Target, watcher: Watcher) -> None:
+    """Say where shadow models are not quite what the audited model is."""
+    earlier = target.earlier
+    if earlier.config.data.near_duplicates is not None:
+        watcher.notice(
+            "data.near_duplicates: shadow models are dealt exact contents, so that near-duplicates "
+            "of an image may be in one that it is not in; what is compared with shadow models errs"
+        )
+    workers = earlier.tags.get("amint.workers", "1")
+    alike = target.model.model.architecture.modes_agree or earlier.config.train.sync_batchnorm
+    if workers != "1" and not alike:
+        watcher.notice(
+            f"the run had {workers} workers, its shadow models and its twin with λ₂ = 0 have one: "
+            "BatchNorm sees larger batches in them"
+        )
+
+
+def _needs(methods: Sequence[Method]) -> set[str]:
+    return {need for method in methods for need in method.needs}
+
+
+def _possible(
+    methods: Sequence[Method], settings: AttackSettings, watcher: Watcher, *, named: bool
+) -> list[Method]:
+    """Those methods that can be carried out under these settings.
+
+    Raises:
+        UserError: one that was named cannot.
+    """
+    without = {"shadows": settings.shadows == 0, "snapshots": not settings.snapshots}
+    cures = {"shadows": "attack.shadows=16", "snapshots": "attack.snapshots=true"}
+    possible = []
+    for method in methods:
+        lacking = [need for need in sorted(method.needs) if without.get(need)]
+        if lacking and named:
+            raise UserError(f"--methods: {method.name} needs {cures[lacking[0]]}")
+        if not lacking:
+            possible.append(method)
+    left_out = [method.name for method in methods if method not in possible]
+    if left_out:
+        ways = sorted({cures[need] for need in without if without[need]})
+        watcher.notice(f"left out: {', '.join(left_out)} ({', '.join(ways)} brings them)")
+    return possible
+
+
+def _find(uri: str, overrides: Sequence[str], watcher: Watcher) -> Target:
+    """The model, and the run that trained it.
+
+    Raises:
+        UserError: there is no such model or run, or not enough is left of it.
+    """
+    watcher.phase(f"fetching {uri}")
+    client = open_mlflow()
+    run_id = uri if re.fullmatch(r"[0-9a-f]{32}", uri) else run_of_model(client, uri)
+    earlier = fetch(client, run_id, overrides, purpose=_PURPOSE)
+    model = load(f"runs:/{run_id}/model" if uri == run_id else uri)
+    digest = hashlib.sha256(model.model.architecture.to_json().encode())
+    for name, tensor in sorted(model.model.state_dict().items()):
+        values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(name.encode() + values.tobytes())
+    return Target(uri, earlier, model, digest.hexdigest()[:16])
+
+
+def _alone(config: Config) -> Config:
+    """For trainings of one worker each."""
+    cluster = config.cluster.model_copy(update={"workers": 1})
+    return config.model_copy(update={"cluster": cluster})
+
+
+def _checkpoints(storage: Location, target: Target, watcher: Watcher) -> list[Location]:
+    """Weights of the run's checkpoints before its last, oldest first."""
+    name = target.earlier.tags.get("mlflow.runName", "")
+    folder = storage.below(name)
+    try:
+        found = storage.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True))
+    except OSError as error:
+        raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error
+    names = sorted(
+        info.base_name
+        for info in found
+        if info.type == FileType.Directory and info.base_name.startswith("checkpoint_")
+    )[:-1]
+    if not names:
+        watcher.notice(
+            f"attack.snapshots: {folder.uri} has no checkpoint before the last; a run keeps "
+            "more with storage.keep=5"
+        )
+    return [folder.below(f"{each}/{_WEIGHTS}") for each in names]
+
+
+@contextmanager
+def _alone_at(place: Location, watcher: Watcher) -> Iterator[None]:
+    """Hold the attack's folder around the body.
+
+    Raises:
+        UserError: another attack on the same model is under way.
+    """
+    claim = Claim(place, "attack")
+    try:
+        claim.look(watcher)
+    except OSError as error:
+        raise RunError(f"{place.uri}: {first_line(error)}") from error
+    mine = False
+    try:
+        with claim.held():
+            try:
+                claim.settle(watcher)
+                yield
+            finally:
+                mine = claim.mine()
+    finally:  # once no more signs are written; what is done needs no claim to be gone on with
+        if mine:
+            claim.leave()
+
+
+def _run(plan: AttackPlan, data: Mapping[str, Any], target: Target, watcher: Watcher) -> Done:
+    """Everything that is not done yet, on Ray."""
+    import ray
+
+    config = plan.config
+    machines = machines_of_cluster()
+    use_gpu = wants_gpus(config.cluster, machines)
+    resources = Resources(
+        cpus=config.cluster.cpus_per_worker,
+        gpus=plan.settings.gpus if use_gpu else 0,
+        retries=plan.settings.retries,
+    )
+    model = target.model.model
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    watcher.phase(f"training and asking {len(plan.tasks)} parts")
+    name = f"attack-{plan.place.path.rsplit('/', 1)[-1]}"
+    return run(plan.tasks, name, data, ray.put((model.architecture, weights)), resources, watcher)
