@@ -32,10 +32,11 @@ ROOMS: dict[str, set[str]] = {
     # What objectives and parameters are called, on the screen as in the pictures, hence evaluation.
     "search_display": {"contracts", "display", "evaluation"},
     "search_tables": {"contracts", "tables", "evaluation"},
+    "attack_tables": {"contracts", "tables"},
     "signals": set(),
 }
 ALL_BUT_SCREEN = {"launch", "__init__"}  # anything but cli and the screen
-SCREEN = {"display", "tables", "search_display", "search_tables"}
+SCREEN = {"display", "tables", "search_display", "search_tables", "attack_tables"}
 ANYTHING = {"cli", "cli_tracking", "__main__"}
 
 FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
@@ -48,6 +49,10 @@ FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
     "model/": {"ray", "mlflow"},
     "train/": {"ray", "mlflow"},
     "evaluation/": {"ray", "mlflow"},
+    "attacks/": {"ray", "mlflow"},
+    "attacks/evidence.py": {"torch", "ray", "mlflow"},
+    "attacks/method.py": {"torch", "ray", "mlflow"},
+    "attacks/shadows.py": {"torch", "ray", "mlflow"},
     "": {"tests", "infra"},
 }
 
@@ -147,6 +152,9 @@ PLANTED = {
     "evaluation/metrics.py": ("from torch import nn", "imports torch"),
     "evaluation/scores.py": ("import mlflow.pyfunc", "imports mlflow"),
     "evaluation/report.py": ("from .. import tracking", "evaluation imports tracking"),
+    "attacks/lira.py": ("import ray", "imports ray"),
+    "attacks/evidence.py": ("def f():\n    import torch", "imports torch"),
+    "attacks/table.py": ("from amint_ray.data import roles", "attacks imports data"),
     "tracking/registry.py": ("import amint_ray.launch.context", "tracking imports launch"),
     "tracking/run_log.py": ("from amint_ray.train import loop", "tracking imports train"),
     "audit/verdict.py": ("from amint_ray.train.loop import x", "audit imports train"),
@@ -157,6 +165,7 @@ PLANTED = {
     "display.py": ("import amint_ray.config.schema", "display imports config"),
     "tables.py": ("from amint_ray.launch import runs", "tables imports launch"),
     "search_tables.py": ("from amint_ray.train import loop", "search_tables imports train"),
+    "attack_tables.py": ("from amint_ray.attacks import lira", "attack_tables imports attacks"),
     "launch/look.py": ("from amint_ray.search_tables import x", "launch imports search_tables"),
     "evaluation/search.py": ("import torch", "imports torch"),
     "storage.py": ("import tests.conftest", "imports tests"),
@@ -213,10 +222,15 @@ def test_checker_finds_each_planted_violation_and_nothing_else(tmp_path: Path) -
     [
         (
             "contracts config.schema config.load data.roles evaluation.metrics evaluation.search "
-            "evaluation.importance search_display search_tables",
+            "evaluation.importance search_display search_tables attack_tables "
+            "attacks.evidence attacks.method attacks.shadows attacks.lira attacks.rmia",
             "torch ray mlflow",
         ),
-        ("data.loading data.sources train.loop evaluation.report evaluation.scores", "ray mlflow"),
+        (
+            "data.loading data.sources train.loop evaluation.report evaluation.scores "
+            "attacks.methods attacks.leak attacks.table",
+            "ray mlflow",
+        ),
     ],
 )
 def test_rooms_import_where_libraries_are_missing(modules: str, absent: str) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from amint_ray.attacks.methods import METHODS, chosen
+from amint_ray.config.attack import load_attack
 from amint_ray.config.load import load_config, recipe_names
 from amint_ray.config.search import load_search
+from amint_ray.launch.earlier import check_overrides
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +25,8 @@ def test_constraints_pin_versions_and_hold_no_address() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/search.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/search.md", "docs/attacks.md"],
 )
 def test_links_and_paths_in_the_documentation_exist(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -61,6 +65,22 @@ def test_searches_in_the_documentation_take_their_arguments(
     (example,) = re.findall(r"```yaml\n(.*?)```", explained, re.DOTALL)
     (tmp_path / "example.yaml").write_text(example)
     load_search(str(tmp_path / "example.yaml"))
+
+
+def test_attacks_in_the_documentation_take_their_arguments() -> None:
+    explained = (ROOT / "docs/attacks.md").read_text()
+    text = (ROOT / "README.md").read_text() + explained
+    commands = re.findall(r"^(?:\.venv/bin/)?amint attack (\S+) *([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) >= 6
+    for model, rest in commands:
+        assert re.fullmatch(r"models:/[a-z0-9-]+(/\d+|@[a-z]+)|RUN_ID", model), model
+        for methods in re.findall(r"--methods (\S+)", rest):
+            chosen(methods)
+        _, elsewhere = load_attack(re.findall(r"\S+=\S+", rest))
+        check_overrides(elsewhere)
+        load_config("imagenet1k_vit_base", elsewhere)
+    for name in METHODS:
+        assert re.search(rf"^\|.*`{name}`.*\|", explained, re.MULTILINE), name
 
 
 def test_what_is_sent_as_a_job_may_take_its_time_to_stop() -> None:
