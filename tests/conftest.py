@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in clusters)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_server_is_remembered() -> Iterator[None]:
+    """MLflow keeps the server that it was last told of, in the environment, too."""
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+
+
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """An S3 server without buckets; a test puts its `environment` in place itself."""

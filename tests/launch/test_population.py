@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SEARCH = """
 recipe: digits
 settings:
-  train.epochs: 12
+  train.epochs: 8
   train.schedule: constant
   data.confounder_check: false
   cluster.workers: 2
@@ -84,8 +84,7 @@ def test_a_population_that_was_stopped_leaves_nothing_running_and_goes_on(
     assert placement_groups(stack) == []
     assert train_workers(stack.folder) == []
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", stack.environment["MLFLOW_TRACKING_URI"])
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("amint")
     killed = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
     assert [run.info.status for run in killed.values()] == ["KILLED"] * 3

@@ -10,6 +10,7 @@ from launch.silent import Silent
 
 from amint_ray.config.search_schema import Paper
 from amint_ray.evaluation.search import configurations
+from amint_ray.launch.claim import Claim
 from amint_ray.launch.search_folder import SearchFolder, SearchRecord
 from amint_ray.launch.search_result import _beside_paper, shown_again
 from amint_ray.storage import Location, locate, write_atomically
@@ -35,7 +36,7 @@ def done(tmp_path: Path, document: dict[str, Any], *, remote: bool) -> SearchFol
     if remote:
         place = Remote(**vars(place))
     record = SearchRecord("mine", "f", {}, ended=True, document=document)
-    return SearchFolder(place, record)
+    return SearchFolder(Claim(place, "search"), record)
 
 
 def test_a_done_search_on_object_storage_leaves_the_recipe_where_it_is_shown(
