@@ -12,6 +12,8 @@ from rich.text import Text
 from amint_ray.tables import interval
 
 _FPR = "0.01"
+_LEAST_HOURS = 0.001
+"""Core hours below which it does not matter how many."""
 _EDITS = {
     "jpeg_90": "JPEG 90",
     "jpeg_75": "JPEG 75",
@@ -67,7 +69,11 @@ def _methods(document: Mapping[str, Any]) -> Table:
             figures = method[question]
             cells += [interval(figures["auc"]), interval(figures["tpr_at_fpr"].get(_FPR, _NONE))]
         hours = method["cost"]["core_hours"] + method["cost"]["seconds"] / 3600
-        table.add_row(method["title"], *cells, f"{hours:.2g}")
+        table.add_row(
+            method["title"],
+            *cells,
+            f"{hours:.2g}" if hours >= _LEAST_HOURS else f"< {_LEAST_HOURS:g}",
+        )
     return table
 
 
