@@ -147,6 +147,11 @@ def plan_attack(
         at = slice(start, start + _AT_ONCE)
         look = Look(positions[at], labels[at], edits, VIEWS)
         own.append(whole(f"model-{number:03d}", look_at, look))
+
+    def shadow_models(*, plain: bool) -> list[Task]:
+        given = (config, settings, manifest, storage, positions, inside, depends_on, everything)
+        return _shadows(*given, plain=plain)
+
     joint = config.loss.lambda_mint > 0
     compared = settings.compare_plain and joint
     epochs = config.train.epochs
@@ -156,30 +161,8 @@ def plan_attack(
     if settings.shadows and "shadows" in needs:
         inside = _inside(manifest, positions, settings)
         plain = not joint or settings.shadow_loss == "plain"
-        shadows = _shadows(
-            config,
-            settings,
-            manifest,
-            storage,
-            positions,
-            inside,
-            depends_on,
-            everything,
-            plain=plain,
-        )
-        twin_shadows = shadows if plain else []
-        if compared and not plain:
-            twin_shadows = _shadows(
-                config,
-                settings,
-                manifest,
-                storage,
-                positions,
-                inside,
-                depends_on,
-                everything,
-                plain=True,
-            )
+        shadows = shadow_models(plain=plain)
+        twin_shadows = shadows if plain else shadow_models(plain=True) if compared else []
     return AttackPlan(
         config=config,
         settings=settings,

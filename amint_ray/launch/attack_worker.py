@@ -130,19 +130,19 @@ def train_and_look(
     Returns:
         `seconds`, and `failed`, why the training came to nothing.
     """
-    started = time.perf_counter()
     architecture, _ = model
     context = PartContext(f"{attack}/{part.name}")
-    try:
+
+    def work() -> Arrays:
         with _streams(part, data, context) as streams:
             trained = train(part.config, architecture, streams, context, score=False).model
-    except FloatingPointError as error:
-        reason = str(error)
-        return _keep(part, {"failed": np.array(reason)}, started) | {"failed": reason}
-    looked = look(trained, looked_at, part.config, data, context.device)
-    if part.roles is not None:  # of a shadow, one of many, no more than is read later
-        looked = {name: looked[name] for name in looked if name.endswith("/label_confidence")}
-    return _keep(part, looked, started)
+        looked = look(trained, looked_at, part.config, data, context.device)
+        if part.roles is None:
+            return looked
+        # Of a shadow, one of many, no more than is read later.
+        return {name: looked[name] for name in looked if name.endswith("/label_confidence")}
+
+    return _keep(part, work)
 
 
 def train_head_and_look(
@@ -157,20 +157,18 @@ def train_head_and_look(
         data: as above.
         model: (architecture, weights).
     """
-    started = time.perf_counter()
     context = PartContext(f"{attack}/{part.name}")
-    loaded = _loaded(model, context.device)
-    try:
+
+    def work() -> Arrays:
+        frozen = _loaded(model, context.device)
         with _streams(part, data, context) as streams:
-            loaded = train_head(
-                loaded, streams, part.config, context.device, progress=context.progress
+            passive = train_head(
+                frozen, streams, part.config, context.device, progress=context.progress
             )
-    except FloatingPointError as error:
-        reason = str(error)
-        return _keep(part, {"failed": np.array(reason)}, started) | {"failed": reason}
-    found = look(loaded, looked_at, part.config, data, context.device)
-    mint = {name: values for name, values in found.items() if name.startswith("mint/")}
-    return _keep(part, mint, started)
+        found = look(passive, looked_at, part.config, data, context.device)
+        return {name: values for name, values in found.items() if name.startswith("mint/")}
+
+    return _keep(part, work)
 
 
 def look_at(
@@ -185,14 +183,17 @@ def look_at(
         data: as above.
         model: (architecture, weights).
     """
-    started = time.perf_counter()
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    architecture, weights = model
-    if part.weights is not None:
-        with open_input(part.weights, "") as file:
-            weights = safetensors.torch.load(file.read())
-    loaded = _loaded((architecture, weights), device)
-    return _keep(part, look(loaded, looked_at, part.config, data, device), started)
+
+    def work() -> Arrays:
+        architecture, weights = model
+        if part.weights is not None:
+            with open_input(part.weights, "") as file:
+                weights = safetensors.torch.load(file.read())
+        loaded = _loaded((architecture, weights), device)
+        return look(loaded, looked_at, part.config, data, device)
+
+    return _keep(part, work)
 
 
 def look_blindly(
@@ -207,26 +208,30 @@ def look_blindly(
         data: as above.
         model: not used.
     """
-    started = time.perf_counter()
     assert part.roles is not None
-    positions = looked_at.positions
-    trained = np.isin(part.roles, [i for i, role in enumerate(Role) if role.trains_task])
-    chosen = np.zeros(len(positions), np.bool_)
-    random = np.random.default_rng(0)
-    for side in (trained[positions], ~trained[positions]):
-        chosen[random.permutation(np.flatnonzero(side))[:_MOST_BLIND]] = True
-    place = {position: i for i, position in enumerate(positions.tolist())}
-    size = part.config.data.image_size
-    # They are gigabytes at ImageNet's size, and must not be there twice.
-    images = np.empty((chosen.sum(), part.config.data.channels, size, size), np.uint8)
-    rows: list[int] = []
-    for some, found in images_of(part.config, data, positions[chosen]):
-        images[len(rows) : len(rows) + len(some)] = found.numpy()
-        rows += [place[position] for position in some.tolist()]
-    if not rows:
-        raise RunError(_NOTHING_READ)
-    scores = blind_scores(images[: len(rows)], trained[positions[rows]], seed=0)
-    return _keep(part, {"blind": _placed(scores, np.array(rows), len(positions))}, started)
+    roles = part.roles
+
+    def work() -> Arrays:
+        positions = looked_at.positions
+        trained = np.isin(roles, [i for i, role in enumerate(Role) if role.trains_task])
+        chosen = np.zeros(len(positions), np.bool_)
+        random = np.random.default_rng(0)
+        for side in (trained[positions], ~trained[positions]):
+            chosen[random.permutation(np.flatnonzero(side))[:_MOST_BLIND]] = True
+        place = {position: i for i, position in enumerate(positions.tolist())}
+        size = part.config.data.image_size
+        # They are gigabytes at ImageNet's size, and must not be there twice.
+        images = np.empty((chosen.sum(), part.config.data.channels, size, size), np.uint8)
+        rows: list[int] = []
+        for some, found in images_of(part.config, data, positions[chosen]):
+            images[len(rows) : len(rows) + len(some)] = found.numpy()
+            rows += [place[position] for position in some.tolist()]
+        if not rows:
+            raise RunError(_NOTHING_READ)
+        scores = blind_scores(images[: len(rows)], trained[positions[rows]], seed=0)
+        return {"blind": _placed(scores, np.array(rows), len(positions))}
+
+    return _keep(part, work)
 
 
 @contextlib.contextmanager
@@ -342,10 +347,17 @@ def _hashes(images: torch.Tensor) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def _keep(part: Part, arrays: Mapping[str, npt.NDArray[Any]], started: float) -> dict[str, Any]:
+def _keep(part: Part, work: Callable[[], Arrays]) -> dict[str, Any]:
+    """Write down what a part comes to; of a training that diverges, why it does."""
+    started = time.perf_counter()
+    try:
+        arrays = work()
+    except FloatingPointError as error:
+        arrays = {"failed": np.array(str(error))}
     seconds = time.perf_counter() - started
     buffer = io.BytesIO()
     np.savez(buffer, **{"seconds": np.array(seconds), **arrays})  # type: ignore[arg-type]
     with write_atomically(part.place, f"{part.name}.npz") as file:
         file.write(buffer.getvalue())
-    return {"seconds": seconds}
+    failed = {"failed": str(arrays["failed"])} if "failed" in arrays else {}
+    return {"seconds": seconds, **failed}
