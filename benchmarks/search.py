@@ -1,13 +1,14 @@
 """What early stopping saves a search, what a search costs beside its trials, and what it finds.
 
-    python -m benchmarks.search [--seeds 5] [--trials 12] [--cifar10 FOLDER] [--no-alone] [--json]
+    python -m benchmarks.search [--seeds 5] [--first 0] [--trials 12] [--cifar10 FOLDER]
+        [--no-alone] [--json]
     python -m benchmarks.search --winner [--cifar10 FOLDER]
 
 Without `--winner`: for each seed the same random configurations are searched with ASHA and without
-(seed s sets what is drawn, the split and the training), and of the first seed's trials each is
-trained alone by `amint train` (not with `--no-alone`). With it: one search by TPE, whose winner is
-trained again with three seeds beside the recipe as it is. With `--cifar10` on a tenth of CIFAR-10
-(ResNet-18), else digits.
+(seed s sets what is drawn, the split and the training; `--first` is the first of them), and of the
+first seed's trials each is trained alone by `amint train` (not with `--no-alone`). With it: one
+search by TPE, whose winner is trained again with three seeds beside the recipe as it is. With
+`--cifar10` on a tenth of CIFAR-10 (ResNet-18), else digits.
 """
 
 from __future__ import annotations
@@ -98,11 +99,11 @@ def _epochs(document: dict[str, Any]) -> int:
 
 
 def compare(
-    recipe: str, common: Sequence[str], *, seeds: int, trials: int, alone: bool
+    recipe: str, common: Sequence[str], *, seeds: range, trials: int, alone: bool
 ) -> dict[str, Any]:
     """The same configurations with ASHA and without, by seed; and those of the first seed alone."""
     rows, by_itself = [], None
-    for seed in range(seeds):
+    for seed in seeds:
         of_seed = [
             *common,
             *(f"algorithm.seed={seed}", "algorithm.name=random", f"budget.trials={trials}"),
@@ -129,7 +130,7 @@ def compare(
                 },
             }
         )
-        if seed == 0 and alone:
+        if seed == seeds[0] and alone:
             by_itself = trained_alone(recipe, [o for o in of_seed if _of_configuration(o)], whole)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {"rows": rows, "alone": by_itself}
@@ -156,6 +157,7 @@ def main() -> None:
     """Run, and print a Markdown table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--cifar10", metavar="FOLDER")
     parser.add_argument("--no-alone", action="store_true")
@@ -170,9 +172,8 @@ def main() -> None:
         found = amint_tune(recipe, [*common, *asked, f"budget.trials={options.trials}"])
         json.dump({key: found[key] for key in ("best", "baseline", "final")}, sys.stdout, indent=1)
         return
-    found = compare(
-        recipe, common, seeds=options.seeds, trials=options.trials, alone=not options.no_alone
-    )
+    seeds = range(options.first, options.first + options.seeds)
+    found = compare(recipe, common, seeds=seeds, trials=options.trials, alone=not options.no_alone)
     if options.json:
         json.dump(found, sys.stdout, indent=2)
         return

@@ -92,8 +92,8 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     silent = trained.tracking.model_copy(update={"enabled": False})
     trained = trained.model_copy(update={"tracking": silent})
     # Its own name: a member of a population may have been given another's proposal.
-    run_name, inherit = _life(given.name, tune.get_context().get_trial_name(), trained)
-    reporter = _Reporter(given, proposal, run_name)
+    run_name, inherit, handed = _life(given.name, tune.get_context().get_trial_name(), trained)
+    reporter = _Reporter(given, proposal, run_name, handed)
     try:
         job = Job(
             config=trained,
@@ -120,28 +120,33 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
         tune.report({"failed": first_line(error)})
 
 
-def _life(search: str, trial: str, config: Config) -> tuple[str, ray.train.Checkpoint | None]:
-    """Name of the training, and the checkpoint of another one that it goes on from, if any.
+def _life(search: str, trial: str, config: Config) -> tuple[str, ray.train.Checkpoint | None, int]:
+    """Name of the training, the checkpoint of another one that it goes on from, and Tune's epoch.
 
     A trial whose configuration was changed begins a training of its own, from the weights that it
-    took over; one that was only interrupted goes on with what it had.
+    took over; one that was only interrupted goes on with what it had. Tune's epoch is that of the
+    checkpoint that it holds of the trial; of a search that was started again it holds none: 0.
     """
     run_name = f"{search}-{trial}-{training_fingerprint(config)[:8]}"
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
-        return run_name, None
+        return run_name, None, 0
     with checkpoint.as_directory() as folder:
-        giver = json.loads((Path(folder) / _LINEAGE).read_text())["run_name"]
-    if giver == run_name:
-        return run_name, None
-    return run_name, ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem)
+        lineage = json.loads((Path(folder) / _LINEAGE).read_text())
+    if lineage["run_name"] == run_name:
+        return run_name, None, lineage["epoch"]
+    inherit = ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem)
+    return run_name, inherit, lineage["epoch"]
 
 
 class _Reporter:
     """Passes a training's news on to Tune; both its listener and its watcher."""
 
-    def __init__(self, given: Given, proposal: Mapping[str, Any], run_name: str) -> None:
+    def __init__(
+        self, given: Given, proposal: Mapping[str, Any], run_name: str, handed: int = 0
+    ) -> None:
         self._given, self._proposal, self._run_name = given, proposal, run_name
+        self._handed = handed
         self._epoch = 0
         self._entries: list[dict[str, float]] = []
         self._notices: list[str] = []
@@ -181,7 +186,9 @@ class _Reporter:
         # of a population that is done take over another's weights, to do nothing with them.
         if self._proposal["baseline"] or (every and last):
             del report["score"]
-        if every and not last and self._epoch % every == 0:
+        # Not only at its multiples: a trial that was interrupted may go on behind one, and Tune
+        # compares it at its first report.
+        if every and not last and self._epoch - self._handed >= every:
             self._hand_over(report)
         else:
             tune.report(report)
@@ -197,6 +204,7 @@ class _Reporter:
             copy = Path(name)
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             (copy / _LINEAGE).write_text(json.dumps(lineage))
+            self._handed = self._epoch
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(copy))
 
     def notice(self, text: str) -> None:

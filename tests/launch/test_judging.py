@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,24 +73,27 @@ def test_the_plain_model_is_asked_for_what_it_had_by_then() -> None:
     assert plain_at({}, 3) is None
 
 
+GIVEN = Given(
+    name="search",
+    data={},
+    manifest="",
+    classes=10,
+    runs=place(Path()),
+    workers=1,
+    use_gpu=False,
+    sign="",
+    objectives=[Objective(metric=AUC)],
+    constraint=None,
+)
+
+
 def reports(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *, baseline: bool
 ) -> list[dict[str, Any]]:
     """What a trial tells Tune of five epochs, of which every second is looked at."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", told.append)
-    given = Given(
-        name="search",
-        data={},
-        manifest="",
-        classes=10,
-        runs=place(folder),
-        workers=1,
-        use_gpu=False,
-        sign="",
-        objectives=[Objective(metric=AUC)],
-        constraint=BELOW,
-    )
+    given = replace(GIVEN, runs=place(folder), constraint=BELOW)
     arguments: dict[str, Any] = {"id": "t", "baseline": baseline, "plain": {}}
     arguments["config"] = {"train": {"epochs": 5}}
     if not baseline:
@@ -123,6 +129,34 @@ def test_the_plain_model_has_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert [report["epoch"] for report in told] == [2, 4, 5]
     assert all("score" not in report for report in told)
     assert [report["violation"] for report in told] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("handed", "first", "expected"),
+    [(0, 1, [3, 6]), (0, 5, [5, 8]), (3, 4, [6]), (4, 5, [7])],
+    ids=["from-scratch", "search-started-again", "exchanged", "exchanged-late"],
+)
+def test_a_trial_hands_over_once_tune_may_compare_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handed: int, first: int, expected: list[int]
+) -> None:
+    given = replace(GIVEN, runs=place(tmp_path), hand_over=3)
+    arguments = {"baseline": False, "plain": {}, "config": {"train": {"epochs": 9}}}
+    reporter = trials._Reporter(given, arguments, "search-t", handed)
+    told: list[int] = []
+    committed = SimpleNamespace(as_directory=lambda: nullcontext(str(tmp_path / "committed")))
+    (tmp_path / "committed").mkdir()
+
+    def report(report: dict[str, Any], checkpoint: Any = None) -> None:
+        if checkpoint is not None:
+            told.append(report["epoch"])
+            lineage = json.loads((Path(checkpoint.path) / "lineage.json").read_text())
+            assert lineage == {"run_name": "search-t", "epoch": report["epoch"]}
+
+    monkeypatch.setattr(tune, "report", report)
+    monkeypatch.setattr(trials, "_committed", lambda run, epoch: committed)
+    for epoch in range(first, 10):
+        reporter.hear({"phase": "epoch", "epoch": epoch, "selection." + AUC: 0.5})
+    assert told == expected
 
 
 EPOCHS = (3, 6, 9, 12, 27)
