@@ -7,10 +7,11 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.attacks.evidence import Evidence, Mask, Scores
+from amint_ray.attacks.evidence import Evidence, Mask
 from amint_ray.attacks.method import Method
 from amint_ray.contracts import RunError
 from amint_ray.evaluation.confounders import boosting_scores, in_parts, pixel_statistics
+from amint_ray.evaluation.outputs import Scores
 
 
 def blind_scores(images: npt.NDArray[np.uint8], trained_on: Mask, *, seed: int) -> Scores:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from amint_ray.attacks.evidence import Evidence, Scores
+from amint_ray.attacks.evidence import Evidence
 from amint_ray.attacks.method import Method
 from amint_ray.attacks.table import measured_on
 from amint_ray.contracts import Role
 from amint_ray.evaluation import metrics
+from amint_ray.evaluation.outputs import Scores
 
 # Okabe and Ito's colours, told apart by the colour-blind; then the same with other dashes.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

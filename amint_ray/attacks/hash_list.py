@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from amint_ray.attacks.evidence import Evidence, Scores
+from amint_ray.attacks.evidence import Evidence
 from amint_ray.attacks.method import Method
+from amint_ray.evaluation.outputs import Scores
 
 
 def _score(evidence: Evidence, edit: str) -> Scores:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from amint_ray.attacks.evidence import PLAIN, Evidence, Mask, Outputs, Scores, Shadows
+from amint_ray.attacks.evidence import PLAIN, Evidence, Mask, Shadows
 from amint_ray.attacks.lira import LIRA_OFFLINE_FIXED, LIRA_ONLINE_FIXED
 from amint_ray.attacks.method import Method
 from amint_ray.attacks.rmia import RMIA_OFFLINE, RMIA_ONLINE
@@ -21,6 +21,7 @@ from amint_ray.contracts import Role, RunError
 from amint_ray.evaluation import metrics
 from amint_ray.evaluation.calibration import threshold_at
 from amint_ray.evaluation.metrics import Interval
+from amint_ray.evaluation.outputs import Outputs, Scores
 from amint_ray.evaluation.report import rates_at
 
 FPR = 0.01

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.attacks.evidence import Evidence, Mask, Scores, Shadows
+from amint_ray.attacks.evidence import Evidence, Mask, Shadows
 from amint_ray.attacks.method import Method
+from amint_ray.evaluation.outputs import Scores
 
 _SOURCE = (
     "Carlini, Chien, Nasr, Song, Terzis, Tramèr: Membership Inference Attacks From First "

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amint_ray.attacks.evidence import PLAIN, Evidence, Scores
+from amint_ray.attacks.evidence import PLAIN, Evidence
 from amint_ray.contracts import RunError
+from amint_ray.evaluation.outputs import Scores
 
 
 @dataclass(frozen=True)

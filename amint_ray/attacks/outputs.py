@@ -7,9 +7,10 @@ import warnings
 
 import numpy as np
 
-from amint_ray.attacks.evidence import PLAIN, Evidence, Outputs, Scores
+from amint_ray.attacks.evidence import PLAIN, Evidence
 from amint_ray.attacks.method import Method
 from amint_ray.contracts import Role, RunError
+from amint_ray.evaluation.outputs import Outputs, Scores
 
 _SOURCE = (
     "Shokri, Stronati, Song, Shmatikov: Membership Inference Attacks Against Machine Learning "

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from amint_ray.attacks.evidence import Evidence, Scores
+from amint_ray.attacks.evidence import Evidence
 from amint_ray.attacks.method import Method
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, RunError, Streams
+from amint_ray.evaluation.outputs import Scores
 from amint_ray.model.joint import AuditedModel
 from amint_ray.model.mint_head import MintHead
 from amint_ray.train.finite import Step, check_finite

@@ -16,10 +16,11 @@ import functools
 import numpy as np
 from scipy.special import expit, logsumexp
 
-from amint_ray.attacks.evidence import PLAIN, Evidence, Mask, Scores, Shadows
+from amint_ray.attacks.evidence import PLAIN, Evidence, Mask, Shadows
 from amint_ray.attacks.method import Method
 from amint_ray.attacks.yeom import log_probability
 from amint_ray.contracts import Role
+from amint_ray.evaluation.outputs import Scores
 
 GAMMA = 2.0
 """The paper's γ."""

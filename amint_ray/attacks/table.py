@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from amint_ray.attacks.evidence import EDITS, Evidence, Mask, Names, Scores
+from amint_ray.attacks.evidence import EDITS, Evidence, Mask, Names
 from amint_ray.attacks.method import Method
 from amint_ray.config.schema import Evaluation
 from amint_ray.contracts import Role, UserError, first_line
 from amint_ray.evaluation import metrics
+from amint_ray.evaluation.outputs import Scores
 from amint_ray.evaluation.report import blank, membership_figures, rates_at
 
 QUESTIONS = (Role.MEMBER, Role.WITHHELD)

@@ -1,4 +1,4 @@
-"""What becomes of an image on its way: the edits that an attack should survive, and fixed views.
+"""What may have become of an image on its way, and an attack should survive.
 
 All take and give (n, channels, height, width) uint8 at the model's input size.
 """
@@ -27,39 +27,13 @@ def edited(images: torch.Tensor, edit: str) -> torch.Tensor:
     if edit == "flip":
         return images.flip(3)
     if edit == "shift_1":
-        return shifted(images, right=1)
+        return torch.cat([images[..., :1], images[..., :-1]], dim=3)
     kind, _, amount = edit.partition("_")
     if kind == "jpeg":
         return _each(images, lambda image: _jpeg(image, int(amount)))
     if kind == "resize":
         return _each(images, lambda image: _resized(image, float(amount)))
     raise ValueError(f"{edit!r} is no edit")
-
-
-VIEWS = 6
-"""How many there are, the image itself among them."""
-
-
-def view(images: torch.Tensor, number: int) -> torch.Tensor:
-    """One of the fixed views through which outputs are looked at.
-
-    Args:
-        images: (n, channels, height, width) uint8.
-        number: 0 is the image itself, 1 its mirror image; 2 to 5 are shifted by one pixel.
-    """
-    moves = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-    if number < 2:
-        return images.flip(3) if number else images
-    right, down = moves[number - 2]
-    return shifted(images, right=right, down=down)
-
-
-def shifted(images: torch.Tensor, *, right: int = 0, down: int = 0) -> torch.Tensor:
-    """Moved by so many pixels, negative ones to the left and up; what is laid bare is the edge."""
-    height, width = images.shape[2:]
-    rows = (torch.arange(height, device=images.device) - down).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) - right).clamp(0, width - 1)
-    return images[:, :, rows][:, :, :, columns]
 
 
 def _each(images: torch.Tensor, change: Callable[[Image.Image], Image.Image]) -> torch.Tensor:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.attacks.evidence import EDITS, PLAIN, Outputs
+from amint_ray.attacks.evidence import EDITS, PLAIN
 from amint_ray.attacks.shadows import POOL, assign, shadow_roles
 from amint_ray.config.attack import AttackSettings
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, UserError
-from amint_ray.data.edits import VIEWS
 from amint_ray.data.roles import Manifest
+from amint_ray.evaluation.outputs import Outputs
+from amint_ray.evaluation.views import VIEWS
 from amint_ray.launch.attack_parts import (
     Function,
     Task,

@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.attacks.evidence import (
-    PLAIN,
-    Evidence,
-    Outputs,
-    Shadows,
-    append_samples,
-    choose_known,
-)
+from amint_ray.attacks.evidence import PLAIN, Evidence, Shadows, choose_known
 from amint_ray.attacks.figures import attack_curves
 from amint_ray.attacks.leak import (
     IN_D,
@@ -34,6 +27,7 @@ from amint_ray.attacks.method import Method
 from amint_ray.attacks.shadows import POOL
 from amint_ray.attacks.table import QUESTIONS, measure_scores, robustness, write_attack_scores
 from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line, leaves
+from amint_ray.evaluation.outputs import Outputs, append_samples
 from amint_ray.launch.attack_parts import Done, Task, fingerprint_of, read_part
 from amint_ray.launch.attack_plan import AttackPlan
 from amint_ray.launch.attack_worker import Arrays

@@ -26,12 +26,13 @@ import safetensors.torch
 import torch
 
 from amint_ray.attacks.blind import blind_scores
-from amint_ray.attacks.evidence import outputs_of, stack_views
 from amint_ray.attacks.passive_mint import train_head
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunError, Streams
-from amint_ray.data.edits import edited, view
+from amint_ray.data.edits import edited
 from amint_ray.data.transforms import to_model_input
+from amint_ray.evaluation.outputs import outputs_of, stack_views
+from amint_ray.evaluation.views import view
 from amint_ray.launch.progress import Sender
 from amint_ray.launch.worker import open_streams
 from amint_ray.model.joint import Architecture, AuditedModel

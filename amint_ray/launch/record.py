@@ -27,7 +27,7 @@ from amint_ray.tracking.card import CARD, model_card, shortened
 from amint_ray.tracking.folder import write_folder
 from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import environment, without_password
-from amint_ray.train.loop import SCORES
+from amint_ray.train.loop import REFERENCE, SCORES
 from amint_ray.train.state import WEIGHTS
 
 
@@ -65,6 +65,7 @@ def record(
     # A model whose head says nothing must not become the newest version of one whose head does.
     name = config.registered_model + ("" if head_trained else "-plain")
     model = run.new_folder()
+    reference = checkpoint / REFERENCE
     no_program = write_folder(
         model,
         weights=checkpoint / WEIGHTS,
@@ -72,6 +73,7 @@ def record(
         data=config.data,
         class_names=index.class_names,
         calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
+        reference=reference if reference.is_file() else None,
     )
     document = {
         "run_id": run.run_id or None,

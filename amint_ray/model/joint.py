@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,7 @@ class AuditedModel(nn.Module):
             self.head = MintHead(architecture.head, architecture.taps, architecture.num_classes)
         self._taps = TapReader(self.backbone, [tap.name for tap in architecture.taps])
         self._gradients: Callable[[int, torch.Tensor], None] | None = None
+        self._means: list[torch.Tensor] | None = None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimiser factory leaves undecayed: positions, as timm has it."""
@@ -206,6 +208,30 @@ class AuditedModel(nn.Module):
             record: called with (0, gradient of the task's rows) and (1, the head's gradient).
         """
         self._gradients = record
+
+    @contextlib.contextmanager
+    def leaving_means(self) -> Iterator[list[torch.Tensor]]:
+        """Have each pass within leave the taps' means over positions, (n, channels of all taps)."""
+        self._means = []
+        try:
+            yield self._means
+        finally:
+            self._means = None
+
+    @torch.no_grad()
+    def membership(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The head's logits alone: nothing behind the last tap is computed that it does not read.
+
+        Args:
+            images: (n, channels, height, width).
+            labels: (n,) class indices, read only by a head with the task loss as an input.
+
+        Returns:
+            (n,) in evaluation mode, without a gradient.
+        """
+        activations, read = self._evidence(images)
+        logits: torch.Tensor = self.head(activations, read, labels)
+        return logits
 
     def forward(
         self,
@@ -238,6 +264,7 @@ class AuditedModel(nn.Module):
         gradients = self._gradients if torch.is_grad_enabled() else None
         with self._taps.reading(keep, gradients=gradients, copy=self.sharded) as activations:
             logits = self.backbone(images)
+        self._leave(activations)
         if head_from:
             activations = [a[head_from:] for a in activations]
         read = logits[head_from:] if self.architecture.head.inputs else None
@@ -272,15 +299,21 @@ class AuditedModel(nn.Module):
     @torch.no_grad()
     def _evidence(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Activations in evaluation mode, and the logits if the head reads them."""
-        logits = None
+        logits, training = None, self.backbone.training
         self.backbone.eval()
         try:
             stop = not (self.architecture.head.inputs or self.sharded)
             with self._taps.reading(stop=stop) as activations:
                 logits = self.backbone(images)
         finally:
-            self.backbone.train()
+            self.backbone.train(training)
+        self._leave(activations)
         return activations, logits
+
+    def _leave(self, activations: Sequence[torch.Tensor]) -> None:
+        if self._means is not None:
+            taps = zip(self.architecture.taps, activations, strict=True)
+            self._means.append(torch.cat([tap.mean(read).float() for tap, read in taps], dim=1))
 
 
 def _from(labels: torch.Tensor | None, start: int) -> torch.Tensor | None:

@@ -43,6 +43,12 @@ class Tap:
         """Features at each position."""
         return self.shape[0] if self.layout == "NCHW" else self.shape[-1]
 
+    def mean(self, activation: torch.Tensor) -> torch.Tensor:
+        """(n, channels): the mean over positions, without class and register tokens."""
+        if self.layout == "NCHW":
+            return activation.flatten(2).mean(2)
+        return activation.flatten(1, -2)[:, self.prefix :].mean(1)
+
 
 class TapReader:
     """Forward hooks on the tapped modules; outside `reading` they change and keep nothing."""

@@ -32,6 +32,8 @@ FORMAT = 2
 FLAVOR = "amint_ray"
 MLMODEL, HASHES = "MLmodel", "hashes.json"
 WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
+REFERENCE = "reference.safetensors"
+"""What the model says of images of known roles; a model may have none."""
 ARCHITECTURE, PREPROCESSING = "architecture.json", "preprocessing.json"
 PROGRAM, CODE = "program.pt2", "predict.py"
 REQUIREMENTS, CONDA, PYTHON_ENV = "requirements.txt", "conda.yaml", "python_env.yaml"
@@ -71,6 +73,7 @@ def write_folder(
     data: Data,
     class_names: Sequence[str],
     calibration: npt.NDArray[np.float64],
+    reference: Path | None = None,
 ) -> str | None:
     """Write all that is registered of a model; `registry.register` then only has to send it.
 
@@ -82,6 +85,7 @@ def write_folder(
         class_names: one a class.
         calibration: (m,) membership scores of the `calibration` images; none where the head was not
             trained.
+        reference: file that `evaluation.reference.write_reference` wrote.
 
     Returns:
         Why the model has no program, and so cannot be used without amint_ray; None: it has one.
@@ -96,6 +100,8 @@ def write_folder(
     draft.mkdir(parents=True)
     shutil.copyfile(weights, draft / WEIGHTS)
     save_file({SCORES: np.sort(calibration).astype(np.float64)}, draft / CALIBRATION)
+    if reference is not None:
+        shutil.copyfile(reference, draft / REFERENCE)
     (draft / ARCHITECTURE).write_text(architecture.to_json())
     side = math.floor(data.image_size / data.crop_pct)
     resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
@@ -267,6 +273,7 @@ def _check_names(folder: Path, hashes: Mapping[str, str], *, runs: bool) -> None
     own = {WEIGHTS, CALIBRATION, ARCHITECTURE, PREPROCESSING}
     if runs:
         own |= {PROGRAM, CODE, REQUIREMENTS, CONDA, PYTHON_ENV}
+    own |= hashes.keys() & {REFERENCE}
     if hashes.keys() != own:
         raise ValueError(f"{HASHES} is not one of amint_ray's: it lists other files")
     for file in sorted(folder.iterdir()):

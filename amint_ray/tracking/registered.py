@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from amint_ray.contracts import UserError, first_line
 from amint_ray.evaluation.calibration import p_values
+from amint_ray.evaluation.reference import Reference, read_reference
 from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.tracking.folder import (
     ARCHITECTURE,
     CALIBRATION,
     PREPROCESSING,
+    REFERENCE,
     SCORES,
     WEIGHTS,
     Preprocessing,
@@ -48,6 +50,7 @@ class RegisteredModel:
         model: the `AuditedModel`, in evaluation mode.
         preprocessing: from pixels to the backbone's input, and what its classes are called.
         calibration: (m,) sorted scores of images that were not trained on.
+        reference: what it says of images of known roles; None: it was registered without.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class RegisteredModel:
         model: AuditedModel,
         preprocessing: Preprocessing,
         calibration: npt.NDArray[np.float64],
+        reference: Reference | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.calibration = calibration
+        self.reference = reference
         # The taps hand over through the model; two passes at once would mix their images up.
         self._one_at_a_time = threading.Lock()
 
@@ -163,7 +168,9 @@ def read_model(
         preprocessing = _PREPROCESSING.validate_json((folder / PREPROCESSING).read_text())
         model = _with_weights(architecture, load_file(folder / WEIGHTS))
         calibration = load_file(folder / CALIBRATION)[SCORES].numpy()
-        return RegisteredModel(model, preprocessing, calibration)
+        kept = folder / REFERENCE
+        reference = read_reference(kept) if kept.is_file() else None
+        return RegisteredModel(model, preprocessing, calibration, reference)
     except Exception as error:  # whatever files lead to that somebody wrote, hashes and all
         raise UserError(
             f"{where or folder}: not a model that amint_ray registered: {first_line(error)}"

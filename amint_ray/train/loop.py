@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunContext, RunError, ScoreTable, Streams
+from amint_ray.evaluation.reference import Reference, write_reference
 from amint_ray.evaluation.scores import concatenate, write_scores
 from amint_ray.model.blocks import checkpoint_blocks
 from amint_ray.model.joint import Architecture, AuditedModel
@@ -30,12 +30,14 @@ from amint_ray.train.objective import Objective
 from amint_ray.train.parallel import replicate, shard
 from amint_ray.train.recent import RecentSteps
 from amint_ray.train.reduce import gather_lists, share_buffers
-from amint_ray.train.state import TrainState
+from amint_ray.train.reference import take_reference
+from amint_ray.train.state import TrainState, identity_of
 from amint_ray.train.step import SUMS, train_step
 from amint_ray.train.update import create_update, uncompiled
 from amint_ray.train.weighting import create_weighting
 
 SCORES = "scores.parquet"
+REFERENCE = "reference.safetensors"
 _SECONDS_WORTH_A_CHECKPOINT = 60.0
 """Training of so long is not risked while the samples are scored."""
 
@@ -114,13 +116,18 @@ def train(
         streams.note_lost(state.lost)
         if state.epoch < config.train.epochs:
             context.progress({"phase": "notice", "text": _goes_on(state, context.world_size)})
+    assert isinstance(state.model, AuditedModel)
     model = replicate(state.model, context)
 
     set_up = committed = time.perf_counter()
 
-    def commit(metrics: Mapping[str, Any], scores: ScoreTable | None = None) -> bool:
+    def commit(
+        metrics: Mapping[str, Any],
+        scores: ScoreTable | None = None,
+        reference: Reference | None = None,
+    ) -> bool:
         nonlocal committed
-        write = functools.partial(_write, state, identity, architecture, scores)
+        write = functools.partial(_write, state, identity, architecture, scores, reference)
         done = context.report(metrics, write, everywhere=state.sharded)
         committed = time.perf_counter()
         return done
@@ -141,11 +148,18 @@ def train(
         context.progress({"phase": "evaluate"})
         with uncompiled():
             scores = gather(score_roles(state.model, streams, context, list(Role)), context)
+            reference = take_reference(
+                state.model,
+                streams,
+                context,
+                most=config.evaluation.reference_images,
+                head_trained=state.objective.uses_mint,
+                lost=state.lost,
+            )
         _share_lost(state, streams)
         evaluated = time.perf_counter()
-        if not commit(state.history[-1], scores):
+        if not commit(state.history[-1], scores, reference):
             raise RunError("the last checkpoint, with the trained model, could not be written")
-    assert isinstance(state.model, AuditedModel)
     return Trained(
         model=state.model,
         scores=scores,
@@ -322,31 +336,25 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
     return metrics
 
 
-def identity_of(config: Config, manifest: str | None) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it.
-
-    Random states need no more than the seeds: all are drawn anew at every step, from the seed, the
-    step's number and the rank (`_seed`).
-    """
-    return {
-        "config_fingerprint": training_fingerprint(config),
-        "manifest_fingerprint": manifest,
-        "seeds": {"train": config.train.seed, "split": config.data.split_seed},
-    }
-
-
 def _write(
     state: TrainState,
     identity: Mapping[str, Any],
     architecture: Architecture,
     scores: ScoreTable | None,
+    reference: Reference | None,
     folder: Path,
 ) -> None:
-    """Fill a folder with a checkpoint; the last one holds the scores, too."""
+    """Fill a folder with a checkpoint; the last one holds scores and reference, too."""
     if scores is not None:
-        state.on_rank_zero(lambda: write_scores(scores, folder / SCORES), where=folder)
+        state.on_rank_zero(lambda: _write_looks(scores, reference, folder), where=folder)
     final = scores is not None
     state.save(folder, identity=identity, architecture=architecture.to_json(), final=final)
+
+
+def _write_looks(scores: ScoreTable, reference: Reference | None, folder: Path) -> None:
+    write_scores(scores, folder / SCORES)
+    if reference is not None:
+        write_reference(reference, folder / REFERENCE)
 
 
 class LocalContext:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from amint_ray.config.load import training_fingerprint
+from amint_ray.config.schema import Config
 from amint_ray.contracts import first_line
 from amint_ray.train.objective import Objective
 from amint_ray.train.reduce import gather_lists, is_rank_zero, together
@@ -32,6 +34,19 @@ _OF_THE_CONFIGURATION = ("lr", "initial_lr", "weight_decay")
 
 class DamagedCheckpointError(Exception):
     """A checkpoint that is not whole; its text says what is wrong with it."""
+
+
+def identity_of(config: Config, manifest: str | None) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it.
+
+    Random states need no more than the seeds: all are drawn anew at every step, from the seed, the
+    step's number and the rank (`loop._seed`).
+    """
+    return {
+        "config_fingerprint": training_fingerprint(config),
+        "manifest_fingerprint": manifest,
+        "seeds": {"train": config.train.seed, "split": config.data.split_seed},
+    }
 
 
 @dataclass

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from amint_ray.attacks.evidence import PLAIN, Evidence, Outputs, Shadows, choose_known
+from amint_ray.attacks.evidence import PLAIN, Evidence, Shadows, choose_known
 from amint_ray.attacks.shadows import assign
 from amint_ray.contracts import Role
+from amint_ray.evaluation.outputs import Outputs
 
 COUNTS = {
     Role.MEMBER: 9,

@@ -11,15 +11,9 @@ import pytest
 from small_evidence import COUNTS, population
 
 from amint_ray.attacks import evidence as evidence_module
-from amint_ray.attacks.evidence import (
-    PLAIN,
-    Shadows,
-    append_samples,
-    choose_known,
-    outputs_of,
-    stack_views,
-)
+from amint_ray.attacks.evidence import PLAIN, Shadows, choose_known
 from amint_ray.contracts import UserError
+from amint_ray.evaluation.outputs import append_samples, outputs_of, stack_views
 from amint_ray.evaluation.selection import _measured as measured_in_a_search
 
 

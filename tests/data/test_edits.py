@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from amint_ray.attacks.evidence import EDITS, PLAIN
-from amint_ray.data.edits import VIEWS, edited, view
+from amint_ray.data.edits import edited
+from amint_ray.evaluation.views import VIEWS, view
 
 SHAPES = [(3, 8, 8), (1, 8, 8), (2, 8, 8), (3, 20, 12)]
 """Channels, height, width."""

@@ -17,8 +17,8 @@ from amint_ray.attacks.methods import METHODS
 from amint_ray.config.attack import load_attack
 from amint_ray.config.load import load_config
 from amint_ray.contracts import Role, UserError
-from amint_ray.data.edits import VIEWS
 from amint_ray.data.roles import Manifest
+from amint_ray.evaluation.views import VIEWS
 from amint_ray.launch import attack_plan
 from amint_ray.launch.attack_parts import Task, check_disk, is_done, read_part
 from amint_ray.launch.attack_plan import AttackPlan, plan_attack

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from launch.silent import Silent
 
-from amint_ray.attacks.evidence import PLAIN, Outputs, outputs_of, stack_views
+from amint_ray.attacks.evidence import PLAIN
 from amint_ray.attacks.methods import METHODS, chosen
 from amint_ray.attacks.table import AttackScores, read_attack_scores
 from amint_ray.config.attack import load_attack
 from amint_ray.config.load import load_config
 from amint_ray.contracts import Role, RunError, UserError
 from amint_ray.data.roles import Manifest
+from amint_ray.evaluation.outputs import Outputs, outputs_of, stack_views
 from amint_ray.launch import attack_result
 from amint_ray.launch.attack_parts import Done, Resources, Task, run
 from amint_ray.launch.attack_plan import AttackPlan, plan_attack

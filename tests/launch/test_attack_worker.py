@@ -11,11 +11,13 @@ import pytest
 import ray
 import torch
 
-from amint_ray.attacks.evidence import EDITS, PLAIN, outputs_of
+from amint_ray.attacks.evidence import EDITS, PLAIN
 from amint_ray.config.load import load_config
 from amint_ray.contracts import RunError
-from amint_ray.data.edits import VIEWS, edited, view
+from amint_ray.data.edits import edited
 from amint_ray.data.transforms import to_model_input
+from amint_ray.evaluation.outputs import outputs_of
+from amint_ray.evaluation.views import VIEWS, view
 from amint_ray.launch import attack_worker
 from amint_ray.launch.attack_parts import read_part
 from amint_ray.launch.attack_worker import Look, Part, look, train_and_look, train_head_and_look

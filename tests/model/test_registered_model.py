@@ -25,6 +25,8 @@ import amint_ray
 from amint_ray import RegisteredModel
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError
+from amint_ray.evaluation.outputs import Outputs
+from amint_ray.evaluation.reference import Reference, write_reference
 from amint_ray.model.joint import AuditedModel
 from amint_ray.model.mint_head import HeadSpec
 from amint_ray.tracking.folder import digest, verify, write_folder
@@ -36,7 +38,8 @@ CALIBRATION = np.array([0.3, -1.0, 0.1, 2.0])
 MEAN, STD = 0.4, 0.25
 FILES = {
     *("MLmodel", "hashes.json", "model.safetensors", "calibration.safetensors"),
-    *("architecture.json", "preprocessing.json", "program.pt2", "predict.py"),
+    *("reference.safetensors", "architecture.json", "preprocessing.json"),
+    *("program.pt2", "predict.py"),
     *("requirements.txt", "conda.yaml", "python_env.yaml"),
 }
 
@@ -46,6 +49,7 @@ def _write(
     model: AuditedModel,
     scratch: Path,
     calibration: np.ndarray = CALIBRATION,
+    reference: Path | None = None,
 ) -> str | None:
     save_weights(model, scratch / "trained.safetensors")
     channels, side, _ = model.architecture.input_shape
@@ -56,6 +60,21 @@ def _write(
         data=Data(image_size=side, channels=channels, mean=MEAN, std=STD),
         class_names=[f"c{i}" for i in range(CLASSES)],
         calibration=calibration,
+        reference=reference,
+    )
+
+
+def _reference() -> Reference:
+    random = np.random.default_rng(5)
+    outputs = Outputs(*random.normal(size=(5, 6, 4)).astype(np.float32))
+    return Reference(
+        role=np.array(["calibration", "member", "withheld", "member"]),
+        label=np.arange(4),
+        mint_logit=random.normal(size=4),
+        told=outputs,
+        untold=outputs,
+        taps=random.normal(size=(4, 3)).astype(np.float32),
+        projection=np.eye(3, dtype=np.float32),
     )
 
 
@@ -67,7 +86,9 @@ def trained() -> AuditedModel:
 @pytest.fixture(scope="module")
 def written(trained: AuditedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scratch = tmp_path_factory.mktemp("written")
-    assert _write(scratch / "model", trained, scratch) is None
+    write_reference(_reference(), scratch / "looked.safetensors")
+    kept = scratch / "looked.safetensors"
+    assert _write(scratch / "model", trained, scratch, reference=kept) is None
     return scratch / "model"
 
 
@@ -97,6 +118,8 @@ def test_outputs_are_the_trained_models(
         torch.testing.assert_close(answer.task_logits, logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(answer.membership_scores, membership, rtol=1e-5, atol=1e-5)
     assert torch.equal(loaded(pixels).task_logits, logits)
+    assert loaded.reference is not None
+    np.testing.assert_array_equal(loaded.reference.mint_logit, _reference().mint_logit)
     assert loaded.preprocessing.class_names == ("c0", "c1", "c2", "c3", "c4")
     assert not loaded.model.training
 
@@ -208,6 +231,7 @@ def test_what_cannot_be_exported_is_registered_without_a_program(
     assert reason.startswith("amint_test_looks_at_pixels cannot be exported: ")
     assert "\n" not in reason
     without = {"program.pt2", "predict.py", "requirements.txt", "conda.yaml", "python_env.yaml"}
+    without |= {"reference.safetensors"}  # it was given none
     assert {file.name for file in (tmp_path / "model").iterdir()} == FILES - without
     assert amint_ray.load(str(tmp_path / "model"))(pixels).task_logits.shape == (6, CLASSES)
     with pytest.raises(MlflowException, match='does not have the "python_function" flavor'):
@@ -266,7 +290,8 @@ def test_nothing_in_the_folder_is_pickled(folder: Path) -> None:
 def test_written_twice_it_is_the_same(written: Path, trained: AuditedModel, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/left.over").touch()
-    assert _write(tmp_path / "model", trained, tmp_path) is None
+    kept = written / "reference.safetensors"
+    assert _write(tmp_path / "model", trained, tmp_path, reference=kept) is None
     assert digest(tmp_path / "model") == digest(written)
     verify(tmp_path / "model", where="it", expected=digest(written))
 
@@ -405,6 +430,7 @@ def test_another_flavour_is_refused(
         ("model.safetensors", b"\x00\x01garbage"),
         ("model.safetensors", b""),
         ("calibration.safetensors", b"garbage and more"),
+        ("reference.safetensors", b"garbage and more"),
         ("architecture.json", b"{"),
         ("architecture.json", b"[]"),
         ("architecture.json", b"\xff\xfe\xfa"),

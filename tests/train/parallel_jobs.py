@@ -215,7 +215,7 @@ def full_disks(folder: Path, rank: int, world_size: int) -> dict[str, str]:
             mine.rmdir()
             mine.touch()
         try:
-            _write(state, {}, architecture, scores if what == "scores" else None, mine)
+            _write(state, {}, architecture, scores if what == "scores" else None, None, mine)
         except OSError as error:
             said[what] = str(error)
     return said

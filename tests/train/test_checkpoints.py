@@ -26,13 +26,14 @@ from training_setup import (
 from amint_ray.config.load import training_fingerprint
 from amint_ray.config.schema import Config, Loss
 from amint_ray.evaluation.scores import read_scores
-from amint_ray.train.loop import SCORES, LocalContext, Trained, epoch_metrics, identity_of, train
+from amint_ray.train.loop import REFERENCE, SCORES, LocalContext, Trained, epoch_metrics, train
 from amint_ray.train.state import (
     OPTIMIZER,
     STATE,
     WEIGHTS,
     DamagedCheckpointError,
     check_checkpoint,
+    identity_of,
 )
 
 RATE = "train/steps_per_second"
@@ -123,7 +124,7 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     with context.latest_checkpoint() as last:
         pass
     assert last is not None
-    assert {p.name for p in last.iterdir()} == {WEIGHTS, OPTIMIZER, STATE, SCORES}
+    assert {p.name for p in last.iterdir()} == {WEIGHTS, OPTIMIZER, STATE, SCORES, REFERENCE}
     state = fresh_state(config)
     state.load(last, identity=identity_of(config, None))
     assert state.epoch == 3

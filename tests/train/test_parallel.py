@@ -17,13 +17,15 @@ import torch
 from parallel_jobs import CONFIGS, NORMS, SHARDED, STEPS, Rows, in_parallel, latest, twenty_steps
 from safetensors.torch import load_file
 from torch import nn
-from training_setup import architecture_of, fresh_state
+from training_setup import architecture_of, fresh_state, streams_of
 
+from amint_ray.evaluation.reference import read_reference
 from amint_ray.evaluation.scores import read_scores
 from amint_ray.model.joint import AuditedModel
-from amint_ray.train.loop import SCORES, identity_of
+from amint_ray.train.loop import REFERENCE, SCORES, LocalContext
+from amint_ray.train.reference import take_reference
 from amint_ray.train.shards import load_shards, save_shards
-from amint_ray.train.state import STATE, WEIGHTS, check_checkpoint
+from amint_ray.train.state import STATE, WEIGHTS, check_checkpoint, identity_of
 from amint_ray.train.update import micro_batches
 
 pytestmark = pytest.mark.slow
@@ -174,7 +176,8 @@ def test_the_last_sharded_checkpoint_holds_whole_weights_and_all_scores(
     assert {"__0_0.distcp", "__1_0.distcp", "__2_0.distcp", WEIGHTS} <= state["files"].keys()
     assert state["manifest_fingerprint"] == "roles"
     stored = load_file(last / WEIGHTS)
-    AuditedModel(architecture_of(SHARDED)).load_state_dict(stored)
+    model = AuditedModel(architecture_of(SHARDED))
+    model.load_state_dict(stored)
     for key, value in straight["weights"].items():
         assert torch.equal(stored[key], value), key
     scores = read_scores(last / SCORES)
@@ -182,6 +185,17 @@ def test_the_last_sharded_checkpoint_holds_whole_weights_and_all_scores(
         assert np.array_equal(getattr(scores, name), column), name
     # Workers have 22, 22 and 21 images to score in batches of four: none is scored twice or lost.
     assert len(set(scores.sample_id.tolist())) == len(scores) == 65
+    alone = take_reference(
+        model, streams_of(SHARDED), LocalContext(folder), most=2000, head_trained=True
+    )
+    assert alone is not None
+    kept = read_reference(last / REFERENCE)
+    assert kept.role.tolist() == alone.role.tolist()
+    assert kept.label.tolist() == alone.label.tolist()
+    np.testing.assert_allclose(kept.mint_logit, alone.mint_logit, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kept.taps, alone.taps, rtol=1e-4, atol=1e-5)
+    for name, column in vars(alone.told).items():
+        np.testing.assert_allclose(getattr(kept.told, name), column, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("what", "bad_rank"), [("share", 1), ("scores", 0)])

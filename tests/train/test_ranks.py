@@ -26,7 +26,7 @@ from training_setup import (
 from amint_ray.contracts import Role
 from amint_ray.evaluation.scores import score
 from amint_ray.model.joint import AuditedModel
-from amint_ray.train.loop import identity_of
+from amint_ray.train.state import identity_of
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 240.0

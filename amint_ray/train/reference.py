@@ -1,0 +1,98 @@
+"""What the trained model says of images of known roles, looked at by all workers together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from amint_ray.contracts import RunContext, ScoreBatch, Streams
+from amint_ray.evaluation.outputs import outputs_of, stack_views
+from amint_ray.evaluation.reference import ROLES, Reference, append, draw_projection
+from amint_ray.evaluation.views import VIEWS, view
+from amint_ray.model.joint import AuditedModel
+from amint_ray.train.parallel import in_step
+
+
+@torch.inference_mode()
+def take_reference(
+    model: AuditedModel,
+    streams: Streams,
+    context: RunContext,
+    *,
+    most: int,
+    head_trained: bool,
+    lost: Collection[str] = (),
+) -> Reference | None:
+    """Show the model some images of `ROLES`, in evaluation mode; every rank calls this.
+
+    Args:
+        model: of this rank.
+        streams: this rank's data.
+        context: this rank's world.
+        most: images of each role, over all ranks.
+        head_trained: False where λ₂ = 0; then there are no membership logits.
+        lost: names of images that no step has seen, whatever their role.
+
+    Returns:
+        Rows in the order of the images' names, so that the number of workers leaves no trace; on
+        rank 0. None elsewhere, and where the task has one class alone or there is no image.
+    """
+    if model.architecture.num_classes < 2 or most == 0:
+        return None
+    training = model.training
+    model.eval()
+    projection = draw_projection(sum(tap.channels for tap in model.architecture.taps))
+    names, parts = [], []
+    for role in ROLES:
+        for batch in in_step(streams.score_batches([role], most), model, context):
+            part = _look(model, batch, projection, context.device, head_trained=head_trained)
+            names.append(batch.sample_id)
+            parts.append(part)
+    model.train(training)
+    mine = [(name, part) for name, part in zip(names, parts, strict=True) if len(name)]
+    gathered: list[Any] | None = [mine]
+    if context.world_size > 1:
+        gathered = [None] * context.world_size if context.rank == 0 else None
+        distributed.gather_object(mine, gathered)
+    found = [each for one in gathered or [] for each in one]
+    if not found:
+        return None
+    sample_id = np.concatenate([name for name, _ in found])
+    order = np.argsort(sample_id, kind="stable")
+    order = order[~np.isin(sample_id[order], list(lost))]
+    return append([part for _, part in found]).kept(order)
+
+
+def _look(
+    model: AuditedModel,
+    batch: ScoreBatch,
+    projection: np.ndarray[Any, np.dtype[np.float32]],
+    device: torch.device,
+    *,
+    head_trained: bool,
+) -> Reference:
+    """What the model says of one batch, all views; rows without a name are forgotten."""
+    rows = len(batch.sample_id)
+    images, labels = batch.images.to(device), batch.labels.to(device)
+    own, told, untold = batch.labels[:rows].numpy(), [], []
+    with model.leaving_means() as means:
+        for number in range(VIEWS):
+            logits, membership = model(view(images, number), labels=labels)
+            if number == 0:
+                scores = membership[:rows].double().cpu().numpy()
+            seen = logits[:rows].double().cpu().numpy()
+            told.append(outputs_of(seen, own))
+            untold.append(outputs_of(seen, np.full_like(own, -1)))
+    return Reference(
+        role=batch.role,
+        label=own,
+        mint_logit=scores if head_trained else np.full(rows, np.nan),
+        told=stack_views(told),
+        untold=stack_views(untold),
+        taps=means[0][:rows].cpu().numpy() @ projection,
+        projection=projection,
+    )
