@@ -29,7 +29,7 @@ from amint_ray.train.loop import SCORES, _write, create_state, train
 from amint_ray.train.parallel import replicate
 from amint_ray.train.step import SUMS, train_step
 
-STEPS = 20
+STEPS = 9
 SGD = {"optimizer": "sgd", "lr": 0.02}
 CONFIGS: dict[str, Config] = {
     "vit-adamw": config_of(
@@ -76,7 +76,7 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def twenty_steps(config: Config, rank: int, world_size: int) -> dict[str, Any]:
+def several_steps(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     """The task and the MINT loss of every step, (STEPS, 2), and the weights in the end."""
     streams = streams_of(config, rank=rank, world_size=world_size)
     state = create_state(
@@ -223,7 +223,7 @@ def full_disks(folder: Path, rank: int, world_size: int) -> dict[str, str]:
 
 def _jobs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
-        f"{name}-{parallel}": twenty_steps(in_parallel(config, parallel), rank, world_size)
+        f"{name}-{parallel}": several_steps(in_parallel(config, parallel), rank, world_size)
         for name, config in CONFIGS.items()
         for parallel in ("ddp", "fsdp")
     }

@@ -14,7 +14,7 @@ import numpy as np
 import parallel_jobs
 import pytest
 import torch
-from parallel_jobs import CONFIGS, NORMS, SHARDED, STEPS, Rows, in_parallel, latest, twenty_steps
+from parallel_jobs import CONFIGS, NORMS, SHARDED, STEPS, Rows, in_parallel, latest, several_steps
 from safetensors.torch import load_file
 from torch import nn
 from training_setup import architecture_of, fresh_state, streams_of
@@ -71,7 +71,7 @@ def several(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
-    return {name: twenty_steps(config, 0, 1) for name, config in CONFIGS.items()}
+    return {name: several_steps(config, 0, 1) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
