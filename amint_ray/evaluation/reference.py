@@ -30,6 +30,7 @@ class Reference:
     Attributes:
         role: (n,) `Role` values, those of `ROLES`.
         label: (n,) class indices.
+        prediction: (n,) the task's most likely class.
         mint_logit: (n,) of the MINT head; NaN where it was not trained.
         told: outputs by the true label, in the fixed views (`evaluation/views.py`).
         untold: the same by the model's own prediction, as of images without a label.
@@ -39,6 +40,7 @@ class Reference:
 
     role: npt.NDArray[np.str_]
     label: npt.NDArray[np.int64]
+    prediction: npt.NDArray[np.int64]
     mint_logit: Scores
     told: Outputs
     untold: Outputs
@@ -57,6 +59,7 @@ class Reference:
         return Reference(
             role=self.role[rows],
             label=self.label[rows],
+            prediction=self.prediction[rows],
             mint_logit=self.mint_logit[rows],
             told=self.told.kept(rows),
             untold=self.untold.kept(rows),
@@ -87,6 +90,7 @@ def append(parts: Sequence[Reference]) -> Reference:
     return Reference(
         role=np.concatenate([part.role for part in parts]),
         label=np.concatenate([part.label for part in parts]),
+        prediction=np.concatenate([part.prediction for part in parts]),
         mint_logit=np.concatenate([part.mint_logit for part in parts]),
         told=append_samples([part.told for part in parts]),
         untold=append_samples([part.untold for part in parts]),
@@ -101,7 +105,8 @@ def write_reference(reference: Reference, path: Path) -> None:
 
     places = {role.value: place for place, role in enumerate(ROLES)}
     codes = np.array([places[role] for role in reference.role.tolist()], np.uint8)
-    columns = {"role": codes, "label": reference.label, "mint_logit": reference.mint_logit}
+    columns = {"role": codes, "label": reference.label, "prediction": reference.prediction}
+    columns |= {"mint_logit": reference.mint_logit}
     columns |= {f"outputs.{name}": values for name, values in vars(reference.told).items()}
     # The other outputs are the same whatever the label.
     columns["untold.label_confidence"] = reference.untold.label_confidence
@@ -129,6 +134,7 @@ def read_reference(path: Path) -> Reference:
         found = Reference(
             role=names[columns["role"]],
             label=columns["label"],
+            prediction=columns["prediction"],
             mint_logit=columns["mint_logit"],
             told=told,
             untold=untold,
@@ -136,6 +142,7 @@ def read_reference(path: Path) -> Reference:
             projection=columns["projection"],
         )
         rows = {len(found.role), len(found.label), len(found.mint_logit), len(found.taps)}
+        rows |= {len(found.prediction)}
         rows |= {values.shape[1] for out in (told, untold) for values in vars(out).values()}
     except Exception as error:  # safetensors' own, a missing column, another shape
         raise ValueError(f"{path.name} holds no reference: {error}") from error

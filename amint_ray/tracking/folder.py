@@ -57,12 +57,15 @@ class Preprocessing:
         std: what is left is divided by it.
         class_names: one name a task logit.
         resize: how images of another size were brought to the input size, in words.
+        crop_pct: the input size in units of the shorter side after resizing; None: not known, an
+            earlier version registered the model.
     """
 
     mean: float
     std: float
     class_names: tuple[str, ...]
     resize: str
+    crop_pct: float | None = None
 
 
 def write_folder(
@@ -105,7 +108,7 @@ def write_folder(
     (draft / ARCHITECTURE).write_text(architecture.to_json())
     side = math.floor(data.image_size / data.crop_pct)
     resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
-    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names), resize)
+    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names), resize, data.crop_pct)
     (draft / PREPROCESSING).write_text(json.dumps(asdict(preprocessing), indent=2))
     no_program = _add_program(draft, architecture, preprocessing)
     hashes = {file.name: _sha256(file) for file in sorted(draft.iterdir())}

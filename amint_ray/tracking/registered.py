@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,14 @@ class RegisteredModel:
         with self._one_at_a_time:
             logits, membership = self.model(normalised, labels=classes)
         return Answer(logits, membership)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal over architecture and weights."""
+        digest = hashlib.sha256(self.model.architecture.to_json().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(name.encode() + values.tobytes())
+        return digest.hexdigest()
 
     @property
     def needs_labels(self) -> bool:

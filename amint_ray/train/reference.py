@@ -82,14 +82,16 @@ def _look(
     with model.leaving_means() as means:
         for number in range(VIEWS):
             logits, membership = model(view(images, number), labels=labels)
+            seen = logits[:rows].double().cpu().numpy()
             if number == 0:
                 scores = membership[:rows].double().cpu().numpy()
-            seen = logits[:rows].double().cpu().numpy()
+                prediction = seen.argmax(axis=1)
             told.append(outputs_of(seen, own))
             untold.append(outputs_of(seen, np.full_like(own, -1)))
     return Reference(
         role=batch.role,
         label=own,
+        prediction=prediction,
         mint_logit=scores if head_trained else np.full(rows, np.nan),
         told=stack_views(told),
         untold=stack_views(untold),

@@ -70,6 +70,7 @@ def _reference() -> Reference:
     return Reference(
         role=np.array(["calibration", "member", "withheld", "member"]),
         label=np.arange(4),
+        prediction=np.array([0, 1, 3, 3]),
         mint_logit=random.normal(size=4),
         told=outputs,
         untold=outputs,

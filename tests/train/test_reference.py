@@ -98,6 +98,7 @@ def test_rows_are_what_the_model_says_of_each_image(backbone: Backbone, tmp_path
             assert told.right[number, place] == float(p.argmax() == label)
             assert untold.right[number, place] == 0
             if number == 0:
+                assert found.prediction[place] == int(p.argmax())
                 assert found.mint_logit[place] == pytest.approx(float(membership), abs=1e-4)
                 expected = means[0][0].numpy() @ found.projection
                 np.testing.assert_allclose(found.taps[place], expected, rtol=1e-3, atol=1e-4)
@@ -166,7 +167,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = take(model, tmp_path, CONVNEXT)
     write_reference(written, tmp_path / "r.safetensors")
     read = read_reference(tmp_path / "r.safetensors")
-    for name in ("role", "label", "mint_logit", "taps", "projection"):
+    for name in ("role", "label", "prediction", "mint_logit", "taps", "projection"):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     for which in ("told", "untold"):
         for name, values in vars(getattr(written, which)).items():
