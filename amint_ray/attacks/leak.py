@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 from amint_ray.attacks.evidence import PLAIN, Evidence, Mask, Shadows
 from amint_ray.attacks.lira import LIRA_OFFLINE_FIXED, LIRA_ONLINE_FIXED
@@ -230,7 +228,5 @@ def paired_over_targets(joint: Scores, plain: Scores, *, confidence: float) -> d
     if k < 2:
         interval = Interval.unknown("fewer than two pairs of models")
     else:
-        value, spread = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(k)
-        half = float(stdtrit(k - 1, (1 + confidence) / 2)) * spread
-        interval = Interval(value, value - half, value + half)
+        interval = metrics.mean_over_trainings(difference, confidence=confidence)
     return interval.as_dict() | {"pairs": k}

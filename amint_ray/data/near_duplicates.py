@@ -52,6 +52,47 @@ def near_duplicate_groups(
     return np.asarray(_components(edges, len(words))[of_image], np.int32)
 
 
+def pairs_across(
+    perceptual: npt.NDArray[np.int64], role: npt.NDArray[np.int64], *, roles: int, distance: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Pairs of near-duplicates in different roles, each counted once; chains join nothing here.
+
+    Args:
+        perceptual: (n,) 64-bit hashes.
+        role: (n,) numbers from 0.
+        roles: how many there are.
+        distance: bits in which a pair may differ.
+
+    Returns:
+        (roles, roles) symmetric counts of pairs, 0 on the diagonal; and (n, roles) whether a
+        sample has a near-duplicate in that role, its own left out.
+    """
+    words, of_image = np.unique(perceptual.view(np.uint64), return_inverse=True)
+    counts = np.zeros((len(words), roles), np.int64)
+    np.add.at(counts, (of_image, role), 1)
+    pairs, near = counts.T @ counts, counts > 0
+    bounds = np.linspace(0, 64, distance + 2).astype(int)
+    masks = [
+        np.uint64((1 << int(high)) - (1 << int(low))) for low, high in itertools.pairwise(bounds)
+    ]
+    for number, mask in enumerate(masks if distance else []):
+        for left, right in _near_in_buckets(words, words & mask, distance):
+            differing = words[left] ^ words[right]
+            # What agrees in an earlier band, too, was found there.
+            new = np.ones(len(left), np.bool_)
+            for earlier in masks[:number]:
+                new &= (differing & earlier) != 0
+            left, right = left[new], right[new]
+            one_way = counts[left].T @ counts[right]
+            pairs += one_way + one_way.T
+            for a, b in ((left, right), (right, left)):
+                np.logical_or.at(near, a, counts[b] > 0)
+    np.fill_diagonal(pairs, 0)
+    found = near[of_image]
+    found[np.arange(len(role)), role] = False
+    return pairs, found
+
+
 def deciding_content(
     content: list[str], perceptual: npt.NDArray[np.int64], distance: int | None
 ) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -158,6 +159,25 @@ def open_source(config: Data) -> Source:
         other.source, other.path, other.image_column, other.label_column, config, "data.external"
     )
     return JoinedSource(main, external)
+
+
+def open_images(path: str, config: Data, where: str) -> Source:
+    """Images alone, whose labels nobody reads.
+
+    Args:
+        path: a folder of image files, or of Parquet files, or such a file; local or s3://.
+        config: tells the time-out and the Parquet files' image column.
+        where: what the path is called, for errors.
+
+    Raises:
+        UserError: it is not there, or holds no images.
+    """
+    parquet = path.endswith(".parquet") or any(Path(path).glob("*.parquet"))
+    kind = "parquet" if parquet else "folder"
+    try:
+        return _open(kind, path, config.image_column if parquet else None, None, config, where)
+    except UserError as error:  # which names a key of a configuration, and there is none
+        raise UserError(str(error).replace(f"{where}: {where}.path=", f"{where}=")) from error
 
 
 def _open(

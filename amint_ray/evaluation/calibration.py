@@ -39,3 +39,27 @@ def threshold_at(fpr: float, calibration: Scores) -> float | None:
     if k == 0:
         return None
     return float(np.sort(calibration)[-k])
+
+
+def benjamini_hochberg(p: Scores, fdr: float) -> npt.NDArray[np.bool_]:
+    """Which hypotheses to reject so that a share of at most `fdr` of them is expected to be true.
+
+    Benjamini & Hochberg (Journal of the Royal Statistical Society B 57, 1995). Conformal p-values
+    share their calibration images and so depend on each other in the way that it allows (Bates,
+    Candès, Lei, Romano, Sesia, Annals of Statistics 51, 2023).
+
+    Args:
+        p: (n,) p-values; NaN is never rejected and counts for nothing.
+        fdr: the false-discovery rate.
+
+    Returns:
+        (n,) whether each is rejected.
+    """
+    ordered = np.sort(p[np.isfinite(p)])
+    steps = fdr * np.arange(1, len(ordered) + 1) / max(1, len(ordered))
+    # p-values are multiples of 1/(m + 1), on which α lies, too, but for rounding.
+    passed = np.flatnonzero(ordered <= steps * (1 + 1e-12))
+    if len(passed) == 0:
+        return np.zeros(len(p), np.bool_)
+    rejected: npt.NDArray[np.bool_] = p <= ordered[passed[-1]]
+    return rejected

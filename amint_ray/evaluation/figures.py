@@ -16,6 +16,8 @@ from amint_ray.evaluation.calibration import p_values
 
 _POINTS = 200
 """Of a band: more would not be seen."""
+_GROUPS, _NAME = 40, 24
+"""Groups that one picture has room for, and letters of their names."""
 
 _COLOURS = {
     Role.MEMBER: "#0072b2",
@@ -148,3 +150,61 @@ def score_histograms(table: ScoreTable) -> Figure:
     axes.set_title("Membership scores by role")
     axes.legend(fontsize="small")
     return figure
+
+
+def group_intervals(found: Mapping[str, Any], figures: Mapping[str, Any]) -> Figure:
+    """Each group's AUC and false-positive rate with their intervals, beside those of all images.
+
+    Args:
+        found: what `by_group.group_figures` gave; of many groups those that stand out are drawn.
+        figures: what `evaluation.report.evaluate` gave of all images.
+    """
+    whole = figures["membership"]["member"]
+    shown = most_apart(found["groups"], whole["realised_fpr"]["value"], _GROUPS)
+    figure = Figure(figsize=(7, 1.6 + 0.22 * len(shown)), layout="constrained")
+    areas, rates = figure.subplots(1, 2, sharey=True)
+    for axes, name, colour in (
+        (areas, "member", _COLOURS[Role.MEMBER]),
+        (areas, "withheld", _COLOURS[Role.WITHHELD]),
+        (rates, "realised_fpr", _COLOURS[Role.TEST]),
+    ):
+        shift = 0.15 * (axes is areas) * (1 if name == "withheld" else -1)
+        rows = [(i + shift, group[name]) for i, group in enumerate(shown)]
+        rows = [(y, leaf) for y, leaf in rows if leaf["value"] is not None]
+        values = [leaf["value"] for _, leaf in rows]
+        lengths = [
+            [value - leaf["low"] for value, (_, leaf) in zip(values, rows, strict=True)],
+            [leaf["high"] - value for value, (_, leaf) in zip(values, rows, strict=True)],
+        ]
+        y = [y for y, _ in rows]
+        axes.errorbar(values, y, xerr=lengths, fmt="o", markersize=3, color=colour, label=name)
+        leaf = whole["realised_fpr"] if axes is rates else figures["membership"][name]["auc"]
+        if leaf["value"] is not None:
+            axes.axvline(leaf["value"], color=colour, linestyle=":", linewidth=1)
+    areas.set_yticks(range(len(shown)), [group["group"][:_NAME] for group in shown])
+    areas.invert_yaxis()
+    areas.set(xlabel="AUC against the group's test images", xlim=(0, 1))
+    areas.legend(fontsize="x-small", loc="lower left")
+    rates.set_xlabel("false-positive rate on test")
+    rates.set_xlim(left=0)
+    figure.suptitle("MINT head by group; dotted: all images", fontsize="medium")
+    return figure
+
+
+def most_apart(
+    groups: Sequence[Mapping[str, Any]], rate: float | None, most: int
+) -> list[Mapping[str, Any]]:
+    """Of many groups those whose false-positive rates differ most from that of all, in their order.
+
+    Args:
+        groups: as from `by_group.group_figures`.
+        rate: of all images of `test`; None: not known.
+        most: groups.
+    """
+
+    def distance(at: int) -> float:
+        value = groups[at]["realised_fpr"]["value"]
+        return -1.0 if value is None or rate is None else abs(value - rate)
+
+    chosen = sorted(range(len(groups)), key=distance, reverse=True)[:most]
+    return [groups[at] for at in sorted(chosen)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import betaincinv, ndtri
+from scipy.special import betaincinv, ndtri, stdtrit
 
 Scores = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -85,6 +85,21 @@ def mean(values: Scores, *, confidence: float) -> Interval:
     return Interval(value, value - half, value + half)
 
 
+def mean_over_trainings(values: Scores, *, confidence: float) -> Interval:
+    """A mean over independent trainings with Student's t interval.
+
+    Args:
+        values: (k,) one a training.
+        confidence: of the interval.
+    """
+    k = len(values)
+    if k < 2:
+        return Interval.unknown("fewer than two trainings")
+    value, half = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(k)
+    half *= float(stdtrit(k - 1, (1 + confidence) / 2))
+    return Interval(value, value - half, value + half)
+
+
 def auc(positives: Scores, negatives: Scores, *, confidence: float) -> Interval:
     """Area under the ROC curve: P(positive > negative) + ½ P(equal).
 
@@ -98,11 +113,26 @@ def auc(positives: Scores, negatives: Scores, *, confidence: float) -> Interval:
         negatives: (n,) scores.
         confidence: of the interval.
     """
-    m, n = len(positives), len(negatives)
+    if len(positives) == 0 or len(negatives) == 0:
+        return Interval.unknown("no samples")
+    return auc_of_shares(
+        share_below(positives, negatives),
+        1 - share_below(negatives, positives),
+        confidence=confidence,
+    )
+
+
+def auc_of_shares(over_negatives: Scores, over_positives: Scores, *, confidence: float) -> Interval:
+    """`auc` where each sample's place among the others is known, and scores need not be one scale.
+
+    Args:
+        over_negatives: (m,) for each positive, the share of negatives below it, ties half.
+        over_positives: (n,) for each negative, the share of positives above it, ties half.
+        confidence: of the interval.
+    """
+    m, n = len(over_negatives), len(over_positives)
     if m == 0 or n == 0:
         return Interval.unknown("no samples")
-    over_negatives = _share_below(positives, negatives)
-    over_positives = 1 - _share_below(negatives, positives)
     value = float(over_negatives.mean())
     z = float(ndtri((1 + confidence) / 2))
     limits = []
@@ -147,8 +177,8 @@ def auc_difference(
         raise ValueError("the two scores are not of the same samples")
     if m < 2 or n < 2:
         return Interval.unknown("fewer than two samples")
-    of_positives = _share_below(positives_a, negatives_a) - _share_below(positives_b, negatives_b)
-    of_negatives = _share_below(negatives_b, positives_b) - _share_below(negatives_a, positives_a)
+    of_positives = share_below(positives_a, negatives_a) - share_below(positives_b, negatives_b)
+    of_negatives = share_below(negatives_b, positives_b) - share_below(negatives_a, positives_a)
     value = float(of_positives.mean())
     half = math.sqrt(of_positives.var(ddof=1) / m + of_negatives.var(ddof=1) / n)
     half *= float(ndtri((1 + confidence) / 2))
@@ -233,7 +263,7 @@ def roc(positives: Scores, negatives: Scores) -> tuple[Scores, Scores]:
     return fpr, tpr
 
 
-def _share_below(scores: Scores, others: Scores) -> Scores:
+def share_below(scores: Scores, others: Scores) -> Scores:
     """For each score, the share of `others` below it, ties counted half."""
     ordered = np.sort(others)
     below = np.searchsorted(ordered, scores, side="left")

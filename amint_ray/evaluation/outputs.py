@@ -39,6 +39,13 @@ class Outputs:
         """Some of the samples: a mask, or which."""
         return Outputs(*(values[:, rows] for values in vars(self).values()))
 
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """(n,) whether every output of every view is finite."""
+        known = np.ones(self.label_confidence.shape[1], np.bool_)
+        for values in vars(self).values():
+            known &= np.isfinite(values).all(axis=0)
+        return known
+
 
 def outputs_of(logits: npt.ArrayLike, labels: npt.NDArray[np.int64]) -> Outputs:
     """The outputs for one view, computed in float64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,32 @@ def membership_figures(
         figures["tpr_at_fpr"][f"{target:g}"] = tpr.as_dict()
         figures["realised_fpr_at"][f"{target:g}"] = fpr.as_dict()
     return figures
+
+
+def four_lines(
+    figures: Mapping[str, Any], confounders: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """The four AUCs that belong beside each other wherever membership is spoken of.
+
+    Args:
+        figures: what `evaluate` gave.
+        confounders: what `confounders.check_confounders` said of the split; None: it was not asked.
+
+    Returns:
+        `member` and `withheld`: the MINT head on images it was told of, and on images that trained
+        the task alone; `blind`: `member` against `test` without any model; `loss`: `member`
+        against `test` by the task loss. Leaves are `{value, low, high}`.
+    """
+    if confounders is None:
+        blind = Interval.unknown("the run made no confounder check").as_dict()
+    else:
+        blind = confounders["comparisons"]["member_vs_test"]["auc"]
+    return {
+        "member": figures["membership"]["member"]["auc"],
+        "withheld": figures["membership"]["withheld"]["auc"],
+        "blind": blind,
+        "loss": figures["loss_threshold"]["member"]["auc"],
+    }
 
 
 def blank(figures: dict[str, Any], note: str) -> dict[str, Any]:

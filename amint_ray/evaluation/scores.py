@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -77,3 +78,39 @@ def read_scores(path: Path) -> ScoreTable:
         task_loss=table["task_loss"].to_numpy(),
         mint_logit=table["mint_logit"].to_numpy(),
     )
+
+
+def compare_scores(
+    saved: ScoreTable, anew: ScoreTable, *, tolerance: float = 1e-3
+) -> dict[str, Any]:
+    """Whether scores that were made again are those that were saved.
+
+    Another device, or another number of images in a pass, adds up in another order: what differs by
+    less than `tolerance`, absolutely or relatively, is the same.
+
+    Args:
+        saved: what is to be had again.
+        anew: with other samples, too, or fewer.
+        tolerance: of MINT logits and task losses.
+
+    Returns:
+        `compared` samples; of these `different`, and `predictions` that are others; `missing` saved
+        ones; `largest` difference by column; `tolerance`.
+    """
+    place = {name: row for row, name in enumerate(anew.sample_id.tolist())}
+    rows = np.array([place.get(name, -1) for name in saved.sample_id.tolist()], np.int64)
+    before = saved.kept(rows >= 0)
+    rows = rows[rows >= 0]
+    same, largest = np.ones(len(rows), np.bool_), {}
+    for column in ("mint_logit", "task_loss"):
+        old, new = getattr(before, column), getattr(anew, column)[rows]
+        same &= np.isclose(new, old, rtol=tolerance, atol=tolerance, equal_nan=True)
+        largest[column] = float(np.nanmax(np.abs(new - old), initial=0.0))
+    return {
+        "compared": len(rows),
+        "missing": len(saved) - len(rows),
+        "different": int((~same).sum()),
+        "predictions": int((anew.prediction[rows] != before.prediction).sum()),
+        "largest": largest,
+        "tolerance": tolerance,
+    }

@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 import ray
 
+from amint_ray.config.attack import AttackSettings
+from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
 from amint_ray.launch.attack_worker import Arrays, Look, Part
 from amint_ray.launch.progress import Receiver
+from amint_ray.launch.room import machines_of_cluster, wants_gpus
 from amint_ray.storage import Location, exists, open_input
 
 _CODE = (
     *("contracts.py", "config/data_schema.py", "config/schema.py", "data", "model", "train"),
     *(f"attacks/{name}.py" for name in ("blind", "evidence", "passive_mint", "shadows")),
-    "evaluation/confounders.py",
+    *(f"evaluation/{name}.py" for name in ("confounders", "outputs", "views")),
     *(f"launch/{name}.py" for name in ("attack_plan", "attack_worker", "worker")),
 )
 """Whatever may change what a part comes to; methods read parts and are not among it."""
@@ -67,6 +70,16 @@ class Resources:
     retries: int
 
 
+def resources_of(config: Config, settings: AttackSettings) -> Resources:
+    """What each task takes on the cluster that this process has joined."""
+    use_gpu = wants_gpus(config.cluster, machines_of_cluster())
+    return Resources(
+        cpus=config.cluster.cpus_per_worker,
+        gpus=settings.gpus if use_gpu else 0,
+        retries=settings.retries,
+    )
+
+
 @dataclass(frozen=True)
 class Done:
     """What running the parts came to.
@@ -83,13 +96,17 @@ class Done:
 
 
 @cache
-def code_fingerprint() -> str:
-    """16 hex digits over the code, torch and timm, on which the results of a part depend."""
+def code_fingerprint(names: tuple[str, ...] = _CODE) -> str:
+    """16 hex digits over torch, timm and code, by default that on which a part's results depend.
+
+    Args:
+        names: modules and rooms of the package.
+    """
     from importlib.metadata import version
 
     package = Path(str(resources.files("amint_ray")))
     digest = hashlib.sha256(f"{version('torch')} {version('timm')}".encode())
-    for name in _CODE:
+    for name in names:
         place = package / name
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())

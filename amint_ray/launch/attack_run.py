@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from pyarrow.fs import FileSelector, FileType
 
 from amint_ray.attacks.method import Method
 from amint_ray.attacks.methods import chosen
 from amint_ray.config.attack import AttackSettings, load_attack
-from amint_ray.config.schema import Config
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
-from amint_ray.launch.attack_parts import Done, Resources, check_disk, run
+from amint_ray.launch.attack_parts import Done, check_disk, resources_of, run
 from amint_ray.launch.attack_plan import AttackPlan, plan_attack
 from amint_ray.launch.attack_result import conclude
-from amint_ray.launch.claim import Claim
+from amint_ray.launch.claim import alone_at
 from amint_ray.launch.cluster import address_of, connect
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
-from amint_ray.launch.earlier import Earlier, check_overrides, check_same, fetch
+from amint_ray.launch.earlier import check_overrides, check_same
 from amint_ray.launch.prepare import check, put_data, with_streams
-from amint_ray.launch.room import machines_of_cluster, wait_for_room, wants_gpus
+from amint_ray.launch.room import wait_for_room
 from amint_ray.launch.search_folder import reading
+from amint_ray.launch.target import Target, find_target, one_worker
 from amint_ray.storage import Location
-from amint_ray.tracking.registered import RegisteredModel
-from amint_ray.tracking.registry import load, run_of_model
-from amint_ray.tracking.versions import open_mlflow
 
 _PURPOSE = "attacked"
 _WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Target:
-    """The model that is attacked.
-
-    Attributes:
-        uri: as the user named it.
-        earlier: what MLflow keeps of the run that trained it.
-        model: itself.
-        digest: hash of its weights.
-    """
-
-    uri: str
-    earlier: Earlier
-    model: RegisteredModel
-    digest: str
 
 
 def run_attack(
@@ -85,8 +60,8 @@ def run_attack(
     settings, rest = load_attack(overrides)
     wanted = _possible(chosen(methods), settings, watcher, named=methods != "all")
     check_overrides(rest, purpose=_PURPOSE)
-    target = _find(uri, rest, watcher)
-    config = _alone(target.earlier.config)
+    target = find_target(uri, rest, watcher, purpose=_PURPOSE)
+    config = one_worker(target.earlier.config)
     checked = check(config, watcher)
     checkpoints = _checkpoints(checked.storage, target, watcher) if settings.snapshots else []
     needs = _needs(wanted)
@@ -112,7 +87,7 @@ def run_attack(
         _warn(target, watcher)
         with reading(checked.storage):
             check_disk(plan.place, plan.bytes_needed)
-        with _alone_at(plan.place, watcher):
+        with alone_at(plan.place, "attack", watcher):
             # Ray's object store then has the images, and this process no more.
             data = put_data(plan.config, dataset)
             dataset = None
@@ -166,30 +141,6 @@ def _possible(
     return possible
 
 
-def _find(uri: str, overrides: Sequence[str], watcher: Watcher) -> Target:
-    """The model, and the run that trained it.
-
-    Raises:
-        UserError: there is no such model or run, or not enough is left of it.
-    """
-    watcher.phase(f"fetching {uri}")
-    client = open_mlflow()
-    run_id = uri if re.fullmatch(r"[0-9a-f]{32}", uri) else run_of_model(client, uri)
-    earlier = fetch(client, run_id, overrides, purpose=_PURPOSE)
-    model = load(f"runs:/{run_id}/model" if uri == run_id else uri)
-    digest = hashlib.sha256(model.model.architecture.to_json().encode())
-    for name, tensor in sorted(model.model.state_dict().items()):
-        values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(name.encode() + values.tobytes())
-    return Target(uri, earlier, model, digest.hexdigest()[:16])
-
-
-def _alone(config: Config) -> Config:
-    """For trainings of one worker each."""
-    cluster = config.cluster.model_copy(update={"workers": 1})
-    return config.model_copy(update={"cluster": cluster})
-
-
 def _checkpoints(storage: Location, target: Target, watcher: Watcher) -> list[Location]:
     """Weights of the run's checkpoints before its last, oldest first."""
     name = target.earlier.tags.get("mlflow.runName", "")
@@ -211,45 +162,11 @@ def _checkpoints(storage: Location, target: Target, watcher: Watcher) -> list[Lo
     return [folder.below(f"{each}/{_WEIGHTS}") for each in names]
 
 
-@contextmanager
-def _alone_at(place: Location, watcher: Watcher) -> Iterator[None]:
-    """Hold the attack's folder around the body.
-
-    Raises:
-        UserError: another attack on the same model is under way.
-    """
-    claim = Claim(place, "attack")
-    try:
-        claim.look(watcher)
-    except OSError as error:
-        raise RunError(f"{place.uri}: {first_line(error)}") from error
-    mine = False
-    try:
-        with claim.held():
-            try:
-                claim.settle(watcher)
-                yield
-            finally:
-                mine = claim.mine()
-    finally:  # once no more signs are written; what is done needs no claim to be gone on with
-        if mine:
-            claim.leave()
-
-
 def _run(plan: AttackPlan, data: Mapping[str, Any], target: Target, watcher: Watcher) -> Done:
     """Everything that is not done yet, on Ray."""
     import ray
 
-    config = plan.config
-    machines = machines_of_cluster()
-    use_gpu = wants_gpus(config.cluster, machines)
-    resources = Resources(
-        cpus=config.cluster.cpus_per_worker,
-        gpus=plan.settings.gpus if use_gpu else 0,
-        retries=plan.settings.retries,
-    )
-    model = target.model.model
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    resources = resources_of(plan.config, plan.settings)
     watcher.phase(f"training and asking {len(plan.tasks)} parts")
     name = f"attack-{plan.place.path.rsplit('/', 1)[-1]}"
-    return run(plan.tasks, name, data, ray.put((model.architecture, weights)), resources, watcher)
+    return run(plan.tasks, name, data, ray.put(target.parts), resources, watcher)

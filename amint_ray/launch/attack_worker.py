@@ -143,7 +143,7 @@ def train_and_look(
         # Of a shadow, one of many, no more than is read later.
         return {name: looked[name] for name in looked if name.endswith("/label_confidence")}
 
-    return _keep(part, work)
+    return keep(part, work)
 
 
 def train_head_and_look(
@@ -161,7 +161,7 @@ def train_head_and_look(
     context = PartContext(f"{attack}/{part.name}")
 
     def work() -> Arrays:
-        frozen = _loaded(model, context.device)
+        frozen = loaded(model, context.device)
         with _streams(part, data, context) as streams:
             passive = train_head(
                 frozen, streams, part.config, context.device, progress=context.progress
@@ -169,7 +169,7 @@ def train_head_and_look(
         found = look(passive, looked_at, part.config, data, context.device)
         return {name: values for name, values in found.items() if name.startswith("mint/")}
 
-    return _keep(part, work)
+    return keep(part, work)
 
 
 def look_at(
@@ -191,10 +191,10 @@ def look_at(
         if part.weights is not None:
             with open_input(part.weights, "") as file:
                 weights = safetensors.torch.load(file.read())
-        loaded = _loaded((architecture, weights), device)
-        return look(loaded, looked_at, part.config, data, device)
+        asked = loaded((architecture, weights), device)
+        return look(asked, looked_at, part.config, data, device)
 
-    return _keep(part, work)
+    return keep(part, work)
 
 
 def look_blindly(
@@ -232,7 +232,7 @@ def look_blindly(
         scores = blind_scores(images[: len(rows)], trained[positions[rows]], seed=0)
         return {"blind": _placed(scores, np.array(rows), len(positions))}
 
-    return _keep(part, work)
+    return keep(part, work)
 
 
 @contextlib.contextmanager
@@ -248,13 +248,14 @@ def _streams(part: Part, data: Mapping[str, Any], context: PartContext) -> Itera
             shutil.rmtree(get_temp_dir(), ignore_errors=True)
 
 
-def _loaded(
+def loaded(
     model: tuple[Architecture, Mapping[str, torch.Tensor]], device: torch.device
 ) -> AuditedModel:
+    """The model, on the device where it is asked."""
     architecture, weights = model
-    loaded = AuditedModel(architecture)
-    loaded.load_state_dict(weights)
-    return loaded.to(device)
+    built = AuditedModel(architecture)
+    built.load_state_dict(weights)
+    return built.to(device)
 
 
 @torch.inference_mode()
@@ -348,7 +349,7 @@ def _hashes(images: torch.Tensor) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def _keep(part: Part, work: Callable[[], Arrays]) -> dict[str, Any]:
+def keep(part: Part, work: Callable[[], Arrays]) -> dict[str, Any]:
     """Write down what a part comes to; of a training that diverges, why it does."""
     started = time.perf_counter()
     try:

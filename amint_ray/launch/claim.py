@@ -110,3 +110,34 @@ class Claim:
             f"{self._what}: another process is at work on {self.place.uri}; wait until it has "
             "ended, or stop it first"
         )
+
+
+@contextlib.contextmanager
+def alone_at(place: Location, what: str, watcher: Watcher) -> Iterator[None]:
+    """Hold a folder around the body.
+
+    Args:
+        place: the folder.
+        what: is at work there, in words, for errors.
+        watcher: is told of a wait, and can end it.
+
+    Raises:
+        UserError: another driver is at work there.
+        RunError: storage cannot be read or written.
+    """
+    claim = Claim(place, what)
+    try:
+        claim.look(watcher)
+    except OSError as error:
+        raise RunError(f"{place.uri}: {first_line(error)}") from error
+    mine = False
+    try:
+        with claim.held():
+            try:
+                claim.settle(watcher)
+                yield
+            finally:
+                mine = claim.mine()
+    finally:  # once no more signs are written; what is done needs no claim to be gone on with
+        if mine:
+            claim.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, first_line
 from amint_ray.data.roles import Manifest
 from amint_ray.tracking import run_log
+from amint_ray.tracking.registry import run_of_model
 from amint_ray.tracking.versions import asking
 
 if TYPE_CHECKING:
@@ -53,26 +55,39 @@ class Earlier:
     metrics: Mapping[str, float]
 
 
-def check_overrides(overrides: Sequence[str], *, purpose: str = "reproduced") -> None:
+def check_overrides(
+    overrides: Sequence[str], *, purpose: str = "reproduced", also: Sequence[str] = ()
+) -> None:
     """Whether what is given anew leaves the run what it is.
 
     Args:
         overrides: `key.path=value` each.
         purpose: what is to be done with the run, as a participle.
+        also: further sections that may be given anew for that.
 
     Raises:
         UserError: a key shapes the weights or the figures.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
+    sections = (*also, *ELSEWHERE)
     refused = [
-        key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in ELSEWHERE
+        key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in sections
     ]
     if refused:
-        allowed = [*MAY_DIFFER, *(f"{section}.*" for section in ELSEWHERE)]
+        allowed = [*MAY_DIFFER, *(f"{section}.*" for section in sections)]
         raise UserError(
             f"{', '.join(refused)}: a run is {purpose} with its own settings; given anew may be "
             f"{', '.join(allowed)}"
         )
+
+
+def run_of(client: MlflowClient, uri: str) -> str:
+    """Id of the run that trained a model, or that is meant.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return uri if re.fullmatch(r"[0-9a-f]{32}", uri) else run_of_model(client, uri)
 
 
 def fetch(

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 
-from amint_ray.evaluation.calibration import p_values, threshold_at
+from amint_ray.evaluation.calibration import benjamini_hochberg, p_values, threshold_at
 
 ALPHAS = (0.001, 0.01, 0.05, 0.1, 0.15, 0.25, 1 / 3, 0.5, 0.7, 0.95)
 
@@ -75,3 +76,22 @@ def test_p_values_stay_valid_with_ties(alpha: float) -> None:
     rate = (p <= alpha).mean()
     assert rate <= alpha + 4 * math.sqrt(alpha * (1 - alpha) / len(p))
     assert (p <= 0.5).any()  # and not because nobody is ever accused
+
+
+@pytest.mark.parametrize("n", [1, 7, 200])
+def test_benjamini_hochberg_by_scipy(n: int) -> None:
+    """Where adjusted p-values are at most the rate, hypotheses are rejected."""
+    rng = np.random.default_rng(n)
+    for fdr in (0.01, 0.1, 0.5):
+        for _ in range(20):
+            p = rng.random(n) ** rng.choice([1, 4])
+            expected = false_discovery_control(p) <= fdr
+            assert benjamini_hochberg(p, fdr).tolist() == expected.tolist()
+
+
+def test_benjamini_hochberg_of_nothing_and_of_what_is_not_known() -> None:
+    assert benjamini_hochberg(np.empty(0), 0.1).shape == (0,)
+    assert benjamini_hochberg(np.array([np.nan, 0.04, np.nan]), 0.05).tolist() == [0, 1, 0]
+    assert benjamini_hochberg(np.array([0.04, 1.0]), 0.05).tolist() == [0, 0]
+    # The level but for the last digit, as a multiple of 1/(m + 1) may be.
+    assert benjamini_hochberg(np.array([np.nextafter(0.05, 1)]), 0.05).tolist() == [1]

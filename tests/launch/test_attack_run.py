@@ -1,4 +1,4 @@
-"""`amint attack` as a user runs it: killed, and gone on with."""
+"""`amint attack` as a user runs it: killed, and gone on with; and `amint evaluate` of its model."""
 
 from __future__ import annotations
 
@@ -207,6 +207,42 @@ def test_two_at_once_on_one_model(attacked: Attacked) -> None:
     place = f"amint_runs/attacks/{attacked.document['attack']}"
     assert attacked.beside.startswith(f"attack: another process is at work on {place};")
     assert "\n" not in attacked.beside
+
+
+def test_controls_use_what_the_attack_did_and_scores_are_made_anew(attacked: Attacked) -> None:
+    command = Command(
+        attacked.folder, ["evaluate", attacked.run["model_uri"], "--full", "--anew", "--json"]
+    )
+    (model,) = command.document()["models"]
+    saved = attacked.run["counts"]
+    assert model["counts"] == saved
+    anew = model["anew"]
+    assert (anew["compared"], anew["missing"]) == (sum(saved.values()), 0)
+    assert (anew["different"], anew["predictions"]) == (0, 0)
+    for role in ("member", "withheld"):
+        own = attacked.run["membership"][role]["auc"]["value"]
+        assert model["lines"][role]["value"] == pytest.approx(own, abs=1e-3)
+    controls = model["controls"]
+    blind = attacked.document["methods"]["blind"]["member"]["auc"]
+    assert controls["blind"]["member"] == model["lines"]["blind"] == blind
+    plain = controls["plain"]
+    apart = plain["accuracy"]["value"] - plain["plain_accuracy"]["value"]
+    assert plain["n"] == saved["test"]
+    assert plain["difference"]["value"] == pytest.approx(apart)
+    assert controls["shuffled"]["chance"] is True
+    assert controls["shuffled"]["lots"] == 3
+    assert controls["near_duplicates"]["compared"] == sum(saved.values())
+    assert set(controls["strangers"]) == {"noise", "inverted", "blurred"}
+    for found in controls["strangers"].values():
+        assert found["n"] == saved["test"] and found["realised_fpr"]["value"] is not None
+    # What is trained is kept; what was to be made anew is not.
+    kept = (attacked.folder / "amint_runs/evaluations").glob("*/*")
+    assert {path.name for path in kept} == {
+        *("hashes-000.npz", "strangers.npz"),
+        *(f"shuffled-{lot}.npz" for lot in range(3)),
+    }
+    assert parts(attacked.folder) == attacked.after
+    assert command.leftovers() == []
 
 
 def test_nothing_is_left_beside_what_is_kept(attacked: Attacked) -> None:
