@@ -52,10 +52,11 @@ format: $(READY)  ## Let ruff rewrite what it can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY)  ## Write docs/config.md, search_keys.md and attack_keys.md from the docstrings.
+docs: $(READY)  ## Write docs/config.md and the *_keys.md beside it from the docstrings.
 	$(BIN)/python -m amint_ray.config.reference > docs/config.md
 	$(BIN)/python -m amint_ray.config.reference search > docs/search_keys.md
 	$(BIN)/python -m amint_ray.config.reference attack > docs/attack_keys.md
+	$(BIN)/python -m amint_ray.config.reference audit > docs/audit_keys.md
 
 constraints: $(READY)  ## Resolve the newest versions that pyproject.toml allows.
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \

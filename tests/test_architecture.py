@@ -33,11 +33,16 @@ ROOMS: dict[str, set[str]] = {
     "search_display": {"contracts", "display", "evaluation"},
     "search_tables": {"contracts", "tables", "evaluation"},
     "attack_tables": {"contracts", "tables"},
+    "audit_tables": {"contracts", "tables"},
+    "evaluate_tables": {"contracts", "tables"},
     "signals": set(),
 }
 ALL_BUT_SCREEN = {"launch", "__init__"}  # anything but cli and the screen
-SCREEN = {"display", "tables", "search_display", "search_tables", "attack_tables"}
-ANYTHING = {"cli", "cli_tracking", "__main__"}
+SCREEN = {
+    *("display", "tables", "search_display", "search_tables"),
+    *("attack_tables", "audit_tables", "evaluate_tables"),
+}
+ANYTHING = {"cli", "cli_audit", "cli_evaluate", "cli_tracking", "__main__"}
 
 FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
     "config/": {"torch", "ray", "mlflow"},
@@ -50,6 +55,7 @@ FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
     "train/": {"ray", "mlflow"},
     "evaluation/": {"ray", "mlflow"},
     "attacks/": {"ray", "mlflow"},
+    "audit/": {"ray"},
     "attacks/evidence.py": {"torch", "ray", "mlflow"},
     "attacks/method.py": {"torch", "ray", "mlflow"},
     "attacks/shadows.py": {"torch", "ray", "mlflow"},
@@ -158,6 +164,7 @@ PLANTED = {
     "tracking/registry.py": ("import amint_ray.launch.context", "tracking imports launch"),
     "tracking/run_log.py": ("from amint_ray.train import loop", "tracking imports train"),
     "audit/verdict.py": ("from amint_ray.train.loop import x", "audit imports train"),
+    "audit/ask.py": ("import ray", "imports ray"),
     "launch/run.py": ("from amint_ray.cli import main", "launch imports cli"),
     "launch/watch.py": ("def f():\n    from amint_ray import display", "launch imports display"),
     "launch/show.py": ("from amint_ray.tables import interval", "launch imports tables"),
@@ -222,8 +229,10 @@ def test_checker_finds_each_planted_violation_and_nothing_else(tmp_path: Path) -
     [
         (
             "contracts config.schema config.load data.roles evaluation.metrics evaluation.search "
-            "evaluation.importance search_display search_tables attack_tables "
-            "attacks.evidence attacks.method attacks.shadows attacks.lira attacks.rmia",
+            "evaluation.importance evaluation.by_group evaluation.seeds evaluation.controls "
+            "search_display search_tables attack_tables audit_tables evaluate_tables "
+            "attacks.evidence attacks.method attacks.shadows attacks.lira attacks.rmia "
+            "audit.verdict",
             "torch ray mlflow",
         ),
         (

@@ -1,7 +1,7 @@
 """The keys' pages, written from the schemas.
 
 `python -m amint_ray.config.reference` gives docs/config.md; with `search` behind it,
-docs/search_keys.md; with `attack`, docs/attack_keys.md.
+docs/search_keys.md; with `attack`, docs/attack_keys.md; with `audit`, docs/audit_keys.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from amint_ray.config.attack import AttackSettings
+from amint_ray.config.audit import AuditSettings
 from amint_ray.config.schema import Config
 from amint_ray.config.search_schema import SearchSpec
 
@@ -45,6 +46,15 @@ They are set on the command line of `amint attack`, for instance `attack.shadows
 where a run's images and storage are now may be given (`data.path`, `storage.path` …).
 """
 
+_AUDIT_HEAD = """# Keys of an audit
+
+Written by `make docs` from `amint_ray/config/audit.py`; edit the docstrings there.
+[audit.md](audit.md) says what an audit is.
+
+They are set on the command line of `amint audit`, for instance `audit.evidence=head`. Beside
+them the keys of `cluster` may be given ([config.md](config.md)).
+"""
+
 
 def reference() -> str:
     """All keys of the configuration, as Markdown."""
@@ -59,6 +69,11 @@ def search_reference() -> str:
 def attack_reference() -> str:
     """All keys of an attack, as Markdown."""
     return "\n".join([_ATTACK_HEAD, *_section(AttackSettings, "attack.")]) + "\n"
+
+
+def audit_reference() -> str:
+    """All keys of an audit, as Markdown."""
+    return "\n".join([_AUDIT_HEAD, *_section(AuditSettings, "audit.")]) + "\n"
 
 
 def _section(section: type[BaseModel], prefix: str, said: str = "") -> list[str]:
@@ -143,5 +158,5 @@ def _one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    pages = {"search": search_reference, "attack": attack_reference}
+    pages = {"search": search_reference, "attack": attack_reference, "audit": audit_reference}
     print(pages.get(" ".join(sys.argv[1:]), reference)(), end="")

@@ -12,9 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from amint_ray.config import reference
 from amint_ray.config.attack import AttackSettings
+from amint_ray.config.audit import AuditSettings
 from amint_ray.config.load import fingerprint, load_config
 from amint_ray.config.schema import Config
 from amint_ray.config.search_schema import SearchSpec
+from amint_ray.config.section import Section
 
 LEFT_OUT = ("cluster", "storage", "tracking", "data.path", "data.memory_gib", "data.readers")
 LEFT_OUT += ("data.timeout_seconds", "data.external.path")
@@ -116,11 +118,20 @@ def test_written_reference_of_search_files_is_up_to_date_and_complete() -> None:
     assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
 
 
-def test_written_reference_of_attacks_is_up_to_date_and_complete() -> None:
-    page = reference.attack_reference()
-    for key in AttackSettings.model_fields:
-        assert re.search(rf"^\| `attack\.{key}` \| .+ \| .+ \| \S.+ \|$", page, re.MULTILINE), key
-    stored = Path(__file__).resolve().parents[2] / "docs" / "attack_keys.md"
+@pytest.mark.parametrize(
+    ("name", "page", "settings"),
+    [
+        ("attack", reference.attack_reference(), AttackSettings),
+        ("audit", reference.audit_reference(), AuditSettings),
+    ],
+    ids=["attack", "audit"],
+)
+def test_written_reference_of_a_command_is_up_to_date_and_complete(
+    name: str, page: str, settings: type[Section]
+) -> None:
+    for key in settings.model_fields:
+        assert re.search(rf"^\| `{name}\.{key}` \| .+ \| .+ \| \S.+ \|$", page, re.MULTILINE), key
+    stored = Path(__file__).resolve().parents[2] / "docs" / f"{name}_keys.md"
     assert stored.read_text(encoding="utf-8") == page, "run `make docs`"
 
 

@@ -1,0 +1,366 @@
+"""From what the model says of suspects to the verdict: read `judge` first.
+
+NumPy and SciPy only. No suspect's membership is ever read: there is nothing here that could.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from amint_ray.audit.collection import images_for_power, share_error, share_of
+from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evidence
+from amint_ray.audit.likeness import (
+    LIMIT,
+    Composition,
+    Likeness,
+    composition,
+    likeness,
+)
+from amint_ray.audit.output_scores import FEWEST_KNOWN
+from amint_ray.audit.suspects import Mask, Settings, Suspects
+from amint_ray.audit.words import CANNOT_SHOW, SHOWS, reason
+from amint_ray.contracts import Role, UserError
+from amint_ray.evaluation.calibration import benjamini_hochberg
+from amint_ray.evaluation.metrics import Interval, precision_at_prior
+from amint_ray.evaluation.outputs import Scores
+from amint_ray.evaluation.reference import Reference
+
+EXIT_CODES = {"not_member": 0, "member": 3, "no_verdict": 4}
+"""Of the command; 1 and 2 are failures."""
+
+_OF = {"head": (Role.MEMBER,), "outputs": (Role.MEMBER, Role.WITHHELD)}
+_OF_WORDS = {"head": "members told to the head", "outputs": "training images, told or withheld"}
+_POWER_OF = {"head": Role.MEMBER, "outputs": Role.WITHHELD}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an audit found.
+
+    Attributes:
+        document: every part of the audit's document that follows from arrays alone.
+        images: by name (n,) arrays, a row a suspect: `label`, `prediction` (−1: none),
+            `head_score`, `outputs_score`, `p_head`, `p_outputs`, `p_value`, `precision` (NaN:
+            none), `flagged`, `duplicate_of` (a row; −1: none).
+    """
+
+    document: dict[str, Any]
+    images: dict[str, npt.NDArray[Any]]
+
+
+def judge(
+    suspects: Suspects,
+    reference: Reference,
+    calibration: Scores,
+    settings: Settings,
+    *,
+    confounders_clean: bool | None,
+    lines: Mapping[str, Any] | None = None,
+) -> Judgement:
+    """The verdict on a collection and on each image of it.
+
+    Args:
+        suspects: n images.
+        reference: what the model says of images of known roles.
+        calibration: MINT logits of all calibration images; none where the head was not trained.
+        settings: how sure to be.
+        confounders_clean: whether a classifier that never saw the model failed on the same split;
+            None: not known.
+        lines: figures of the model that the document shows as they are.
+
+    Raises:
+        UserError: there is neither a trained head nor an output to judge by.
+    """
+    originals = suspects.duplicate_of()
+    unique = (originals < 0) & suspects.finite
+    within, classes = _classes(suspects, unique, reference)
+    found, missing = _evidence(suspects, unique, reference, calibration, settings, within)
+    alike = likeness(
+        suspects.taps[unique],
+        reference.taps[reference.role == Role.CALIBRATION.value],
+        confidence=settings.confidence,
+    )
+    p, known_p = combined([e.p for e in found]), combined([e.known_p for e in found])
+    flagged = benjamini_hochberg(np.where(originals < 0, p, np.nan), settings.fdr)
+    flagged = np.where(originals < 0, flagged, flagged[originals])
+    p_values = [e.p_value for e in found if e.p_value is not None]
+    p_value = min(1.0, len(found) * min(p_values)) if p_values else None
+    needed = _needed(found, settings)
+    # A model of which no image was withheld from its head has told it all there is to notice.
+    withheld = (reference.role == Role.WITHHELD.value).any()
+    enough = needed[Role.WITHHELD.value if withheld else Role.MEMBER.value]
+    compared = max(e.compared for e in found)
+    reasons = _reasons(compared, p_value, enough, alike, confounders_clean, settings)
+    if reasons or p_value is None:
+        verdict = "no_verdict"
+    else:
+        verdict = "member" if p_value <= settings.alpha else "not_member"
+    strange = Interval.unknown("the suspects are unlike the calibration images")
+    shares = {e.name: strange if alike.unlike else _share(e, settings) for e in found}
+    document = {
+        "verdict": verdict,
+        "p_value": p_value,
+        **{name: getattr(settings, name) for name in ("alpha", "fdr", "prior", "confidence")},
+        "reasons": reasons,
+        "share": _best_share(found, shares),
+        "suspects": {
+            "unique": int(unique.sum()),
+            "not_finite": int((~suspects.finite).sum()),
+            "labelled": int((suspects.label >= 0).sum()),
+            "flagged": int((flagged & unique).sum()),
+        },
+        "evidence": {
+            name: missing[name]
+            if name in missing
+            else _part(next(e for e in found if e.name == name), shares[name], settings, len(found))
+            for name in ("head", "outputs")
+        },
+        "power": {"target": settings.power, **needed},
+        "unlike": {
+            "effect": alike.effect.as_dict(),
+            "limit": LIMIT,
+            "p_value": alike.p_value,
+            "unlike": alike.unlike,
+        },
+        "classes": {
+            "distance": classes.distance if classes else None,
+            "p_value": classes.p_value if classes else None,
+            "collection_within": within.collection,
+            "images_within": within.image,
+        },
+        "lines": dict(lines or {}),
+        "precision": {
+            "prior": settings.prior,
+            "at_threshold": _precision_at_threshold(
+                p[flagged], known_p, min(e.fewest for e in found), settings
+            ).as_dict(),
+        },
+    }
+    by_name = {e.name: e for e in found}
+    nothing = np.full(len(suspects), np.nan)
+    images: dict[str, npt.NDArray[Any]] = {
+        "label": suspects.label,
+        "prediction": suspects.prediction,
+        "head_score": by_name["head"].score if "head" in by_name else nothing,
+        "outputs_score": by_name["outputs"].score if "outputs" in by_name else nothing,
+        "p_head": by_name["head"].p if "head" in by_name else nothing,
+        "p_outputs": by_name["outputs"].p if "outputs" in by_name else nothing,
+        "p_value": p,
+        "precision": _precision(p, known_p, settings.prior),
+        "flagged": flagged,
+        "duplicate_of": originals,
+    }
+    return Judgement(document, images)
+
+
+def combined(p: Sequence[Scores]) -> Scores:
+    """One p-value of several kinds of evidence, each (n,): Bonferroni's.
+
+    It is valid however they depend on each other; NaN where any is.
+    """
+    smallest: Scores = np.minimum(1.0, len(p) * np.min(p, axis=0))
+    return smallest
+
+
+def _classes(
+    suspects: Suspects, unique: Mask, reference: Reference
+) -> tuple[Within, Composition | None]:
+    """Classes of suspects and reference, both by label or both by prediction, and how they differ.
+
+    A head that was asked alone predicts no class; then only labels can tell.
+    """
+    if (suspects.label >= 0).all():
+        ours, theirs = suspects.label, reference.label
+    elif (suspects.prediction >= 0).all():
+        ours, theirs = suspects.prediction, reference.prediction
+    else:
+        ours, theirs = np.zeros_like(suspects.label), np.zeros_like(reference.label)
+        return Within(ours, theirs, collection=False, image=False), None
+    found = composition(ours[unique], theirs[reference.role == Role.CALIBRATION.value])
+    return Within(ours, theirs, collection=found.differs, image=found.far), found
+
+
+def _evidence(
+    suspects: Suspects,
+    unique: Mask,
+    reference: Reference,
+    calibration: Scores,
+    settings: Settings,
+    within: Within,
+) -> tuple[list[Evidence], dict[str, dict[str, Any]]]:
+    """What there is to judge by, and by name why something is not there."""
+    found, missing = [], {}
+    if len(calibration) == 0:
+        missing["head"] = "the MINT head was not trained (loss.lambda_mint = 0)"
+    else:
+        found.append(
+            head_evidence(
+                suspects,
+                unique,
+                reference,
+                calibration,
+                within=within,
+                confidence=settings.confidence,
+            )
+        )
+    if settings.evidence == "head" or suspects.told is None or suspects.untold is None:
+        missing["outputs"] = "only the head was asked for"
+    elif not (reference.role == Role.CALIBRATION.value).any():
+        missing["outputs"] = "the model was registered without outputs of calibration images"
+    else:
+        found.append(
+            output_evidence(
+                suspects, unique, reference, within=within, confidence=settings.confidence
+            )
+        )
+    if not found:
+        raise UserError(f"nothing to judge by: {missing['head']}, and {missing['outputs']}")
+    unavailable = {
+        name: {
+            "available": False,
+            "why_not": why,
+            "shows": SHOWS[name],
+            "cannot_show": CANNOT_SHOW[name],
+        }
+        for name, why in missing.items()
+    }
+    return found, unavailable
+
+
+def _needed(found: Sequence[Evidence], settings: Settings) -> dict[str, int | None]:
+    """The smallest collections that would be noticed, of told members and of withheld ones."""
+
+    def smallest(role: Role) -> int | None:
+        sizes = [_power(e, role, settings, len(found)) for e in found]
+        return min((size for size in sizes if size is not None), default=None)
+
+    return {role.value: smallest(role) for role in (Role.MEMBER, Role.WITHHELD)}
+
+
+def _power(evidence: Evidence, role: Role, settings: Settings, kinds: int) -> int | None:
+    known = evidence.shares(role)
+    if len(known) < FEWEST_KNOWN:
+        return None
+    return images_for_power(
+        known,
+        calibration=evidence.calibration,
+        alpha=settings.alpha / kinds,
+        target=settings.power,
+    )
+
+
+def _share(evidence: Evidence, settings: Settings) -> Interval:
+    return share_of(
+        evidence.mean_share,
+        evidence.shares(*_OF[evidence.name]),
+        suspects=evidence.compared,
+        calibration=evidence.calibration,
+        confidence=settings.confidence,
+    )
+
+
+def _best_share(found: Sequence[Evidence], shares: Mapping[str, Interval]) -> dict[str, Any]:
+    """By whichever kind the reference says to be more precise; what the suspects say is no matter.
+
+    Precision is that of a collection of which one half are training images.
+    """
+    known = [e for e in found if shares[e.name].value is not None]
+    if not known:
+        note = "; ".join(f"{name}: {share.note}" for name, share in shares.items())
+        return {**Interval.unknown(note).as_dict(), "of": None, "by": None}
+
+    def error(e: Evidence) -> float:
+        return share_error(
+            0.5, e.shares(*_OF[e.name]), suspects=e.compared, calibration=e.calibration
+        )
+
+    best = min(known, key=error)
+    return {**shares[best.name].as_dict(), "of": _OF_WORDS[best.name], "by": best.name}
+
+
+def _part(evidence: Evidence, share: Interval, settings: Settings, kinds: int) -> dict[str, Any]:
+    role = _POWER_OF[evidence.name]
+    return {
+        "available": True,
+        "why_not": None,
+        "method": evidence.method,
+        "labels": evidence.labels,
+        "p_value": evidence.p_value,
+        "images": evidence.compared,
+        "auc": {name: area.as_dict() for name, area in evidence.auc.items()},
+        "share": {**share.as_dict(), "of": _OF_WORDS[evidence.name]},
+        "power": {
+            "images_for_power": _power(evidence, role, settings, kinds),
+            "of": role.value,
+        },
+        "calibration_images": evidence.fewest,
+        "shows": SHOWS[evidence.name],
+        "cannot_show": CANNOT_SHOW[evidence.name],
+    }
+
+
+def _reasons(
+    compared: int,
+    p_value: float | None,
+    needed: int | None,
+    alike: Likeness,
+    confounders_clean: bool | None,
+    settings: Settings,
+) -> list[dict[str, str]]:
+    """Why there is no verdict; none where there is one."""
+    found = []
+    if confounders_clean is False:
+        found.append(reason("confounded"))
+    if compared == 0 or p_value is None:
+        return [*found, reason("no_images")]
+    if alike.unlike is None:
+        found.append(reason("likeness_unknown"))
+    elif alike.unlike:
+        found.append(reason("unlike", effect=alike.effect.value, limit=LIMIT))
+    if p_value > settings.alpha and (needed is None or compared < needed):
+        found.append(reason("underpowered", compared=compared, needed=needed, power=settings.power))
+    return found
+
+
+def _true_positive_rate(p: Scores, known_p: Scores) -> Scores:
+    """Share of the known training images with a p-value as small."""
+    known = np.sort(known_p[np.isfinite(known_p)])
+    if len(known) == 0:
+        return np.full(len(p), np.nan)
+    rate: Scores = np.searchsorted(known, p, side="right") / len(known)
+    return rate
+
+
+def _precision(p: Scores, known_p: Scores, prior: float) -> Scores:
+    """(n,) share of training images among those with so small a p-value or a smaller one.
+
+    At the prior; with p itself, which bounds it, as the rate of others, and that of the reference's
+    training images. NaN where either is not known.
+    """
+    hits = prior * _true_positive_rate(p, known_p)
+    found: Scores = np.where(np.isfinite(p), hits / (hits + (1 - prior) * p), np.nan)
+    return found
+
+
+def _precision_at_threshold(
+    flagged_p: Scores, known_p: Scores, calibration: int, settings: Settings
+) -> Interval:
+    """The same at the largest p-value that was called a member's, with its interval."""
+    known = known_p[np.isfinite(known_p)]
+    if len(flagged_p) == 0:
+        return Interval.unknown("no image is called a member")
+    threshold = float(flagged_p.max())
+    return precision_at_prior(
+        int((known <= threshold).sum()),
+        len(known),
+        min(calibration, math.ceil(threshold * calibration)),
+        calibration,
+        prior=settings.prior,
+        confidence=settings.confidence,
+    )

@@ -1,0 +1,71 @@
+"""What the audit says in words: of each kind of evidence, and where there is no verdict."""
+
+from __future__ import annotations
+
+SHOWS = {
+    "head": (
+        "that images were among those that the model's own MINT head was taught, during training, "
+        "to recognise as training images"
+    ),
+    "outputs": (
+        "that the model is surer of images than it is of images that it was not trained on, "
+        "whether or not the head was told of them"
+    ),
+}
+CANNOT_SHOW = {
+    "head": (
+        "that images were not used: the head attests what it was told, and training images that "
+        "were withheld from it look like strangers"
+    ),
+    "outputs": (
+        "which single image was used, as a rule: the trace that one image leaves in the outputs is "
+        "faint, and it takes a collection to see it; nor use in a training that left no trace"
+    ),
+}
+
+_REASONS = {
+    "no_images": (
+        "no image of the collection could be compared",
+        "give images that can be read, of the kind that the model is for",
+    ),
+    "confounded": (
+        "the images that the model was trained on can be told from the others without the model, "
+        "so what it seems to know may be what anybody can see",
+        "train again with images of one source, which are assigned to roles at random",
+    ),
+    "unlike": (
+        "the suspects are unlike the calibration images (effect {effect:.2f}, limit {limit:.2f}), "
+        "so no error rate is known for them",
+        "give images of the source that the model was trained on, prepared in the same way; or "
+        "register a model whose calibration images are such as the suspects",
+    ),
+    "likeness_unknown": (
+        "it could not be tested whether the suspects are like the calibration images",
+        "register the model again with images of the role calibration "
+        "(data.shares, evaluation.reference_images)",
+    ),
+    "underpowered": (
+        "nothing was found in {compared} different image(s), and {needed} training images would be "
+        "needed to be noticed with a chance of {power:.0%} if the head was not told of them",
+        "give more images of the same source, with their labels; a larger alpha needs fewer",
+    ),
+    "powerless": (
+        "nothing was found, and no number of training images is known to be noticed with a chance "
+        "of {power:.0%} if the head was not told of them",
+        "look at outputs as well as the head, with the labels of the images; a model with more "
+        "calibration and withheld images, of the collection's classes, too (data.shares), can be "
+        "asked for more",
+    ),
+}
+
+
+def reason(code: str, **values: object) -> dict[str, str]:
+    """Why there is no verdict: `{code, text, help}`.
+
+    Args:
+        code: `no_images`, `confounded`, `unlike`, `likeness_unknown` or `underpowered`.
+        **values: what the text names; of `underpowered`, `needed` may be None.
+    """
+    key = "powerless" if code == "underpowered" and values.get("needed") is None else code
+    text, help_ = _REASONS[key]
+    return {"code": code, "text": text.format(**values), "help": help_}

@@ -1,0 +1,261 @@
+"""What Ray runs of an audit: a process that has the model, and looks at chunks of the suspects.
+
+Each chunk becomes one file in storage, whole or not at all: what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+
+from amint_ray.audit.suspects import EvidenceChoice
+from amint_ray.config.data_schema import Data
+from amint_ray.contracts import RunError, first_line
+from amint_ray.data.images import BadImage, decode
+from amint_ray.data.sources import DamagedError, Fault, Raw
+from amint_ray.data.transforms import Views, to_model_input
+from amint_ray.evaluation.outputs import outputs_of, stack_views
+from amint_ray.evaluation.views import VIEWS, view
+from amint_ray.launch.audit_suspects import Found
+from amint_ray.model.joint import Architecture, AuditedModel
+from amint_ray.storage import Location, write_atomically
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_DECODERS = 2
+"""Threads that decode the next images while the model looks at these; decoding lets go of Python's
+lock only now and then, so that more would not be faster."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What each process is told once.
+
+    Attributes:
+        found: the suspects.
+        data: how images become the model's input.
+        evidence: `head`: nothing behind the deepest tap is computed.
+        batch_size: images in a forward pass.
+        projection: of the taps' means; None: the model has no reference to compare with.
+        needs_labels: whether the head reads the task loss; then it is silent about images without.
+        place: of the files.
+    """
+
+    found: Found
+    data: Data
+    evidence: EvidenceChoice
+    batch_size: int
+    projection: npt.NDArray[np.float32] | None
+    needs_labels: bool
+    place: Location
+
+
+class Looker:
+    """The actor; it has the model from its first call on.
+
+    Ray does not start an actor again whose own arguments are gone from its object store, so it has
+    none.
+    """
+
+    _examiner: Examiner | None = None
+
+    def look(self, told: list[Any], name: str, shards: Sequence[int]) -> int:
+        """As `Examiner.look`.
+
+        Args:
+            told: references to an `Asked`, and to (architecture, weights).
+            name: of the file.
+            shards: which.
+        """
+        if self._examiner is None:
+            asked, (architecture, weights) = ray.get(told)
+            device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+            self._examiner = Examiner(asked, architecture, weights, device)
+        return self._examiner.look(name, shards)
+
+
+class Examiner:
+    """The model, and how it looks at suspects."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        architecture: Architecture,
+        weights: Mapping[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        """Build the model.
+
+        Args:
+            asked: what is asked.
+            architecture: of the model.
+            weights: of the model.
+            device: where it is to run.
+        """
+        self._asked, self._device = asked, device
+        built = AuditedModel(architecture)
+        built.load_state_dict(weights)
+        self._model = built.to(device).eval().requires_grad_(False)
+        self._views = Views(asked.data)
+        self._pool = ThreadPoolExecutor(_DECODERS)
+
+    def look(self, name: str, shards: Sequence[int]) -> int:
+        """Look at some shards, and leave a file.
+
+        Args:
+            name: of the file.
+            shards: which.
+
+        Returns:
+            How many images that was.
+
+        Raises:
+            RunError: they cannot be read now, or the file cannot be written.
+        """
+        columns: dict[str, list[Any]] = {}
+        rows = 0
+        for batch in self._batches(shards):
+            looked = self._look(batch) if batch.pixels else {}
+            for key, values in {**batch.columns(), **looked}.items():
+                columns.setdefault(key, []).append(values)
+            rows += len(batch.names)
+        arrays = {
+            key: np.concatenate(parts, axis=1 if parts[0].ndim == 2 and key != "taps" else 0)
+            for key, parts in columns.items()
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        try:
+            with write_atomically(self._asked.place, f"{name}.npz") as file:
+                file.write(buffer.getvalue())
+        except OSError as error:
+            raise RunError(f"{self._asked.place.uri}: {first_line(error)}") from error
+        return rows
+
+    def _batches(self, shards: Sequence[int]) -> Iterator[_Read]:
+        """The shards' images in batches; the next is read while the model looks at one."""
+        size = self._asked.batch_size
+        pieces = [
+            (shard, first, min(first + size, self._asked.found.source.shards[shard].rows))
+            for shard in shards
+            for first in range(0, self._asked.found.source.shards[shard].rows, size)
+        ]
+        ahead: list[Future[_Read]] = []
+        for piece in pieces:
+            ahead.append(self._pool.submit(self._read, *piece))
+            if len(ahead) > _DECODERS:
+                yield ahead.pop(0).result()
+        for waiting in ahead:
+            yield waiting.result()
+
+    def _read(self, shard: int, first: int, end: int) -> _Read:
+        """Some rows of a shard, decoded and brought to the model's size.
+
+        Raises:
+            RunError: storage does not answer.
+        """
+        found = self._asked.found
+        rows = range(first, end)
+        read = _Read(
+            names=found.source.sample_ids(shard)[first:end],
+            shard=np.full(len(rows), shard, np.int32),
+            row=np.arange(first, end, dtype=np.int32),
+            label=found.labels(shard)[first:end],
+        )
+        try:
+            stored: Sequence[Raw] = found.source.read(shard, rows)
+        except DamagedError as error:
+            stored = [Fault(str(error))] * len(rows)
+        except OSError as error:
+            raise RunError(f"suspects: {first_line(error)}") from error
+        for place, raw in enumerate(stored):
+            try:
+                if isinstance(raw, Fault):
+                    raise BadImage(raw.reason)
+                rgb = decode(raw, max_megapixels=self._asked.data.max_megapixels)
+            except BadImage as error:
+                read.problems[place] = str(error)
+                continue
+            pixels = self._views.plain(rgb)
+            read.pixels.append(pixels)
+            digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).digest()
+            read.content[place] = int.from_bytes(digest, "little")
+        return read
+
+    @torch.inference_mode()
+    def _look(self, batch: _Read) -> Arrays:
+        """What the model says of the images that could be read, in their order."""
+        asked, model = self._asked, self._model
+        usable = np.array([not problem for problem in batch.problems])
+        labels = batch.label[usable]
+        pixels = torch.stack(batch.pixels)
+        images = to_model_input([pixels.to(self._device)], asked.data)
+        given = torch.from_numpy(labels.clip(0)).to(self._device)
+        found: Arrays = {}
+        with model.leaving_means() as means:
+            if asked.evidence == "head":
+                membership = model.membership(images, given)
+                finite = torch.isfinite(membership)
+            else:
+                seen = [model(images, labels=given)]
+                membership = seen[0][1]
+                seen += [model(view(images, number), labels=given) for number in range(1, VIEWS)]
+                every = [logits.double().cpu().numpy() for logits, _ in seen]
+                finite = torch.isfinite(seen[0][0]).all(1) & torch.isfinite(membership)
+                found["prediction"] = every[0].argmax(1)
+                for which, classes in (("told", labels), ("untold", np.full_like(labels, -1))):
+                    views = stack_views([outputs_of(logits, classes) for logits in every])
+                    found |= {f"{which}.{name}": values for name, values in vars(views).items()}
+        scores = membership.double().cpu().numpy()
+        if asked.needs_labels:
+            scores = np.where(labels >= 0, scores, np.nan)
+        found |= {"mint_logit": scores, "finite": finite.cpu().numpy()}
+        if asked.projection is not None:
+            found["taps"] = means[0].cpu().numpy() @ asked.projection
+        return found
+
+
+class _Read:
+    """Some suspects, read.
+
+    Attributes:
+        names: the source's.
+        shard: (n,) where each is.
+        row: (n,) within the shard.
+        label: (n,) the model's class indices; −1: none.
+        problems: why each cannot be looked at; empty where it can.
+        content: 64-bit hash of each one's pixels at the model's size; 0 where there are none.
+        pixels: (channels, size, size) uint8 of those that can be looked at.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        shard: npt.NDArray[np.int32],
+        row: npt.NDArray[np.int32],
+        label: npt.NDArray[np.int64],
+    ) -> None:
+        self.names, self.shard, self.row, self.label = names, shard, row, label
+        self.problems = [""] * len(names)
+        self.content = [0] * len(names)
+        self.pixels: list[torch.Tensor] = []
+
+    def columns(self) -> Arrays:
+        """A row a suspect, whether it could be read or not."""
+        return {
+            "name": np.array(self.names, np.str_),
+            "shard": self.shard,
+            "row": self.row,
+            "label": self.label,
+            "problem": np.array(self.problems, np.str_),
+            "content": np.array(self.content, np.uint64),
+        }
