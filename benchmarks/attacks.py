@@ -47,10 +47,12 @@ def attacked(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A model of this seed, and all attacks on it."""
     with tempfile.TemporaryDirectory(prefix="amint-benchmark-") as folder:
+        of_attack = [each for each in overrides if each.startswith("attack.")]
+        of_run = [each for each in overrides if each not in of_attack]
         seeds = [f"train.seed={seed}", f"data.split_seed={seed}"]
-        run = amint(folder, ["train", recipe, *overrides, *seeds])
+        run = amint(folder, ["train", recipe, *of_run, *seeds])
         print(f"seed {seed}: trained", file=sys.stderr, flush=True)
-        own = [f"attack.shadows={shadows}", f"attack.seed={seed}"]
+        own = [*of_attack, f"attack.shadows={shadows}", f"attack.seed={seed}"]
         return run, amint(folder, ["attack", run["run_id"], "--methods", methods, *own])
 
 
