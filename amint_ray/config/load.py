@@ -26,6 +26,9 @@ from amint_ray.contracts import UserError, first_line
 _MOST_LINES = 5
 _LARGEST_FILE = 1_000_000
 _PARTS = "parts/"
+NAME_IN_WORDS = "has letters from a to z, digits, '_' and '-', and begins with a letter or digit"
+"""What `is_name` asks for."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def recipe_names() -> list[str]:
@@ -65,11 +68,19 @@ def configured(tree: DictConfig, overrides: Sequence[str]) -> Config:
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {first_line(error)}") from error
+        raise UserError(f"config: {_unresolved(error)}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"config: {line}" for line in explain(error, Config))) from error
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    """What a `${…}` lacks, in words."""
+    missing = re.match(r"Interpolation key '(.+)' not found", first_line(error))
+    if missing is None:
+        return first_line(error)
+    return f"${{{missing[1]}}}: there is no key {missing[1]!r} to refer to{nearest_key(missing[1])}"
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -123,6 +134,16 @@ def training_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_name(text: str) -> bool:
+    """Whether runs and searches can be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
+def keys_of_file(file: str) -> dict[str, Any]:
+    """What a file that `read_tree` has taken says itself; values are text, lists or mappings."""
+    return yaml.load(_read_text(file)[1], yaml.BaseLoader) or {}
+
+
 def read_tree(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
     """A recipe or file as a tree, on top of what it extends.
 
@@ -132,11 +153,16 @@ def read_tree(recipe: str, within: tuple[str, ...] = ()) -> DictConfig:
     """
     where, text = _read_text(recipe)
     if where in within:
-        raise UserError(f"config: {' extends '.join([*within, where])}: they extend each other")
+        raise UserError(
+            f"config: {' extends '.join([*within, where])}, in a circle; take one `extends` out"
+        )
     try:
         # Everything is text to the base loader: it tells the shape and trips over no value.
         if not isinstance(yaml.load(text, yaml.BaseLoader) or {}, dict):
-            raise UserError(f"config: {where}: holds no mapping of `key: value` lines")
+            raise UserError(
+                f"config: {where}: holds no mapping; write `key: value` lines, such as `train: "
+                "{epochs: 3}`"
+            )
         tree = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -179,15 +205,20 @@ def _read_text(recipe: str) -> tuple[str, str]:
             if not path.is_file():
                 raise UserError(f"config: there is no file {recipe!r}")
             if path.stat().st_size > _LARGEST_FILE:
-                raise UserError(f"config: {recipe}: over a megabyte, no configuration")
+                raise UserError(
+                    f"config: {recipe}: over a megabyte: no configuration; name another file"
+                )
             return recipe, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config: {recipe}: cannot be read as text: {error}") from error
+            reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise UserError(
+                f"config: {recipe}: cannot be read as text ({reason}); name a YAML file that can be"
+            ) from error
     shipped = resources.files("amint_ray") / "recipes" / f"{recipe}.yaml"
     if recipe in recipe_names() or (recipe.startswith(_PARTS) and shipped.is_file()):
         return f"recipe {recipe}", shipped.read_text("utf-8")
     raise UserError(
-        f"config: there is no recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}; there "
+        f"config: there is no recipe {recipe!r}{did_you_mean(recipe, recipe_names())}; there "
         f"are {', '.join(recipe_names())}, and any path that ends in .yaml"
     )
 
@@ -247,6 +278,10 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         message = f"input should be a list, such as [{error['input']}]"
     if error["type"] == "too_short":
         message = "the list is empty"
+    if error["type"] == "string_pattern_mismatch" and path == ["name"]:
+        message = f"a name {NAME_IN_WORDS}"
+    if path[-1:] == ["[key]"]:
+        return f"{'.'.join(path[:-2])}: the key {value} is no text; write keys such as train.lr"
     if error["type"] == "missing":
         return f"{key} is missing"
     if not path:
@@ -259,6 +294,13 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
 def _shown(value: Any) -> str:
     """A value cut to what fits into a line."""
     return textwrap.shorten(repr(value), 80, placeholder=" …")[:80]
+
+
+def is_key(key: str) -> bool:
+    """Whether the configuration has such a key or section, or takes any key there."""
+    *path, name = key.split(".")
+    valid = _keys_at(path)
+    return name in valid if valid else bool(path) and is_key(".".join(path))
 
 
 def nearest_key(key: str) -> str:
@@ -302,6 +344,7 @@ def _all_keys(root: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[str]:
     return keys
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The known word that was probably meant, in words; empty where none is like it."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}" if near else ""

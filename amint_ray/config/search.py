@@ -7,24 +7,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
 from amint_ray.config import space as spaces
 from amint_ray.config.load import (
     configured,
-    explain,
     fingerprint,
-    merge_override,
     nearest_key,
     read_tree,
 )
 from amint_ray.config.points import grid, probes
 from amint_ray.config.schema import Config
+from amint_ray.config.search_file import read_search
 from amint_ray.config.search_schema import SearchSpec
 from amint_ray.config.space import Settings, Space, parse_space
 from amint_ray.contracts import UserError, first_line
@@ -52,8 +48,6 @@ _NOT_SEARCHED = {
 }
 _EACH_ITS_OWN = ("name", "train.seed")
 """What recipes of one space may have otherwise, though it is not searched."""
-_WHOLE = ("objective", "constraint")
-"""What the command line replaces: half of the file's and half of another mean nothing."""
 _MOST_PROBED = 500
 _NOT_IDENTITY = {
     *("name", "budget", "final", "paper"),  # the name is that of the folder that is looked into
@@ -140,33 +134,7 @@ def load_search(file: str, overrides: Sequence[str] = ()) -> Search:
         UserError: no such file, an unknown key (of the file, or of the configuration in `space`),
             a value that the configuration does not take, an empty choice … The text says where.
     """
-    if Path(file).suffix not in (".yaml", ".yml"):
-        raise UserError(
-            f"search: {file!r} is no YAML file; give the path of a search file, such as "
-            "tune_configs/digits.yaml"
-        )
-    tree = read_tree(file)
-    keys = {str(key) for key in tree} - {"name"}
-    if keys & set(Config.model_fields) and not keys & set(SearchSpec.model_fields):
-        raise UserError(
-            f"search: {file}: is a recipe, not a search file; `amint train {file}` takes it"
-        )
-    own: list[str] = []
-    others: list[str] = []
-    for override in overrides:
-        section = _key_of(override).partition(".")[0]
-        if "=" in override and section not in {**SearchSpec.model_fields, **Config.model_fields}:
-            raise UserError(
-                f"search: override {override!r}: unknown key; the search file has "
-                f"{', '.join(SearchSpec.model_fields)}, the configuration "
-                f"{', '.join(Config.model_fields)}"
-            )
-        (own if section in SearchSpec.model_fields else others).append(override)
-    for override in own:
-        if _key_of(override) in _WHOLE:
-            tree.pop(_key_of(override), None)
-        tree = merge_override(tree, override)
-    spec = _validated(tree, file)
+    spec, others = read_search(file, overrides)
     if unknown := [key for key in spec.settings if _at(key) is None]:
         raise UserError(
             f"search: {file}: settings: unknown key {unknown[0]!r}{nearest_key(unknown[0])}"
@@ -195,22 +163,6 @@ def _recipes(space: Space) -> list[str]:
     return list(dict.fromkeys(str(p[RECIPE]) for p in probes(space) if RECIPE in p))
 
 
-def _key_of(override: str) -> str:
-    return override.partition("=")[0].strip()
-
-
-def _validated(tree: DictConfig, file: str) -> SearchSpec:
-    try:
-        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"search: {file}: {first_line(error)}") from error
-    try:
-        return SearchSpec.model_validate(values)
-    except ValidationError as error:
-        lines = explain(error, SearchSpec)
-        raise UserError("\n".join(f"search: {file}: {line}" for line in lines)) from error
-
-
 def _parsed_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
     """The space, all of whose keys are there and may be searched.
 
@@ -221,9 +173,10 @@ def _parsed_space(spec: SearchSpec, overrides: Sequence[str]) -> Space:
         space = parse_space(spec.space)
     except ValueError as error:
         raise UserError(f"search: {error}") from error
-    for key in spaces.keys(space):
+    for key, parameter in spaces.leaves(space):
         if key != RECIPE:
             _check_key(key)
+            _check_kind(key, parameter)
     _check_set_once(spec, overrides, space)
     if spec.algorithm.name == "pbt":
         _check_perturbed(spec, space)
@@ -318,7 +271,8 @@ def _first_difference(key: str, a: Any, b: Any) -> tuple[str, Any, Any]:
 def _check_key(key: str) -> None:
     at = _at(key)
     if at is None:
-        raise UserError(f"search: space: unknown key {key!r}{nearest_key(key)}")
+        own = "" if "." in key else "; a name of your own needs `branches`"
+        raise UserError(f"search: space: unknown key {key!r}{nearest_key(key)}{own}")
     if isinstance(at, dict) and at:
         raise UserError(
             f"search: space: {key!r} is a section; write its keys with dots, such as "
@@ -327,6 +281,21 @@ def _check_key(key: str) -> None:
     for refused, reason in _NOT_SEARCHED.items():
         if key == refused or key.startswith(f"{refused}."):
             raise UserError(f"search: space.{key}: cannot be searched: {reason}")
+
+
+def _check_kind(key: str, parameter: spaces.Parameter) -> None:
+    """Whether a mapping stands where the configuration takes one.
+
+    Raises:
+        UserError: it does not: a kind was meant.
+    """
+    value = parameter.value if isinstance(parameter, spaces.Constant) else None
+    if isinstance(value, dict) and not isinstance(_at(key), dict):
+        kinds = ", ".join(spaces.KINDS)
+        raise UserError(
+            f"search: space.{key} = {value}: not what may vary; write one of {kinds}, such as "
+            "{choice: [1, 2]}"
+        )
 
 
 @functools.cache

@@ -120,13 +120,20 @@ def parse_space(tree: Mapping[str, Any], where: str = "space") -> Space:
 
 
 def _parameter(value: Any, where: str) -> Parameter:
-    if not isinstance(value, Mapping) or len(value) != 1:
+    if not isinstance(value, Mapping):
+        return Constant(value)
+    if len(several := [str(kind) for kind in value if kind in KINDS]) > 1:
+        raise ValueError(f"{where}: {' and '.join(several)} at once; give one of them")
+    if len(value) != 1:
         return Constant(value)
     ((kind, what),) = value.items()
-    if kind in _KINDS:
-        return _KINDS[kind](what, where)
-    if near := difflib.get_close_matches(str(kind), _KINDS, n=1, cutoff=0.75):
-        raise ValueError(f"{where}: unknown kind {kind!r}, did you mean {near[0]!r}?")
+    if kind in KINDS:
+        return KINDS[kind](what, where)
+    if near := difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.75):
+        raise ValueError(
+            f"{where}: unknown kind {kind!r}, did you mean {near[0]!r}? There are "
+            f"{', '.join(KINDS)}"
+        )
     return Constant(value)
 
 
@@ -195,15 +202,15 @@ def _branches(what: Any, where: str) -> Branches:
     for name in (where.removeprefix("space."), *map(str, what)):
         if not _NAME.fullmatch(name):
             raise ValueError(
-                f"{where}: {name!r} names branches: take letters, digits, '_', '-', '.' and '/' "
-                "between them"
+                f"{where}: {name!r} cannot name branches; a name has letters, digits, '_', '-' and "
+                "'.', and '/' between parts of it"
             )
     return Branches(
         {str(name): parse_space(below, f"{where}.{name}") for name, below in what.items()}
     )
 
 
-_KINDS: dict[str, Callable[[Any, str], Parameter]] = {
+KINDS: dict[str, Callable[[Any, str], Parameter]] = {
     "choice": _choice,
     "uniform": _uniform,
     "loguniform": _loguniform,
@@ -213,14 +220,19 @@ _KINDS: dict[str, Callable[[Any, str], Parameter]] = {
 }
 
 
-def keys(space: Space) -> Iterator[str]:
-    """Every key of the configuration that is set, at any depth."""
+def leaves(space: Space) -> Iterator[tuple[str, Parameter]]:
+    """Every key of the configuration that is set, at any depth, and what it may be."""
     for key, parameter in space.parameters.items():
         if isinstance(parameter, Branches):
             for below in parameter.spaces.values():
-                yield from keys(below)
+                yield from leaves(below)
         else:
-            yield key
+            yield key, parameter
+
+
+def keys(space: Space) -> Iterator[str]:
+    """Every key of the configuration that is set, at any depth."""
+    return (key for key, _ in leaves(space))
 
 
 def always(space: Space) -> set[str]:

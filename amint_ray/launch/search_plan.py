@@ -36,6 +36,7 @@ _ON_READING = ("data.image_size", "data.channels", "data.crop_pct")
 """What must be the same for images that are held in memory."""
 _CHECKPOINTS_FOR_OTHERS = 4
 _MOST_ARCHITECTURES = 64
+_MOST_METRICS = 5
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,12 @@ def _check_metric(what: str, metric: str, reported: Sequence[str], *, hint: bool
     alike = [name for name in reported if name.rpartition(".")[2] == metric.rpartition(".")[2]]
     near = difflib.get_close_matches(metric, alike or reported, n=1, cutoff=0.4)
     told = f", did you mean {near[0]!r}?" if hint and near else ";"
+    nearest = [*near, *difflib.get_close_matches(metric, reported, n=_MOST_METRICS, cutoff=0.0)]
+    shown = list(dict.fromkeys(nearest))[:_MOST_METRICS]
+    more = len(reported) - len(shown)
     raise UserError(
-        f"search: {what}: no trial reports that{told} there are {', '.join(sorted(reported))}"
+        f"search: {what}: no trial reports that{told} there are {', '.join(shown)}"
+        + (f" and {more} more" if more > 0 else "")
     )
 
 

@@ -123,7 +123,7 @@ BAD_VALUES = {
     "train.external_ratio=0": ("train.external_ratio = 0", "greater than 0"),
     "train.external_ratio=17": ("train.external_ratio = 17", "16"),
     "train.clip_grad=0": ("train.clip_grad = 0", "greater than 0"),
-    "name=a.b": ("name = 'a.b'", "pattern"),
+    "name=a.b": ("name = 'a.b'", "a name has letters from a to z, digits,"),
     "tracking.model_name=a/b": ("tracking.model_name = 'a/b'", "pattern"),
     # several values that do not go together
     "data.shares.member=0.5": ("data.shares", "1.34", "not to 1"),
@@ -267,7 +267,7 @@ def test_unknown_recipe_names_the_nearest_and_all() -> None:
 
 
 BAD_FILES: dict[str, tuple[bytes, str]] = {
-    "list": (b"- a\n- b\n", "no mapping"),
+    "list": (b"- a\n- b\n", "no mapping; write `key: value` lines"),
     "word": (b"hello\n", "no mapping"),
     "text": (b"'two words'\n", "no mapping"),
     "number": (b"3\n", "no mapping"),
@@ -278,7 +278,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "colon": (b"name: b: c\n", "line 1"),
     "object": (b"name: !!python/object:os.system x\n", "line 1"),
     "documents": (b"name: a\n---\nname: b\n", "line 2"),
-    "binary": (b"\xff\xfe\x00", "cannot be read as text"),
+    "binary": (b"\xff\xfe\x00", "cannot be read as text (it is not UTF-8); name a YAML"),
     "nul": (b"name: a\0b\n", "not valid YAML"),
 }
 

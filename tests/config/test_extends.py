@@ -47,7 +47,7 @@ def test_a_shipped_recipe_is_what_its_parts_say() -> None:
         ("extends: 3", "name a recipe, a file, or a list of them"),
         ("extends:", "name a recipe, a file, or a list of them"),
         ("extends: [1]", "name a recipe, a file, or a list of them"),
-        ("extends: mine.yaml", "they extend each other"),
+        ("extends: mine.yaml", "in a circle; take one `extends` out"),
     ],
 )
 def test_a_wrong_base_is_told_in_one_line(text: str, says: str, tmp_path: Path) -> None:

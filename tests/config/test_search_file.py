@@ -12,7 +12,7 @@ from amint_ray.config.load import load_config
 from amint_ray.config.points import grid
 from amint_ray.config.search import Search, load_search, search_fingerprint
 from amint_ray.config.search_schema import Constraint
-from amint_ray.config.space import Constant, Modules, Real
+from amint_ray.config.space import Branches, Choice, Constant, Modules, Real, Space
 from amint_ray.contracts import UserError
 
 SHIPPED = Path(__file__).parents[2] / "tune_configs"
@@ -245,9 +245,34 @@ def test_a_key_that_cannot_be_searched(file: Path, key: str, says: str) -> None:
         ({}, ["budgt.trials=4"], "override 'budgt.trials=4': unknown key; the search file has"),
         ({}, ["train.epoch=4"], "did you mean 'train.epochs'"),
         ({}, ["4"], "not of the form key.path=value"),
-        ({}, ["budget.trials=0"], "budget.trials = 0"),
+        ({}, ["budget.trials=0"], "search: override 'budget.trials=0': budget.trials = 0"),
         ({}, ["algorithm.name=tpee"], "'random', 'grid', 'tpe', 'nsga2' or 'pbt'"),
-        ({}, ["name=a/b"], "name = 'a/b'"),
+        ({}, ["name=a/b"], "name = 'a/b': a name has letters from a to z, digits, '_' and '-',"),
+        ({}, ["name=ünï"], "override 'name=ünï': name = 'ünï': a name has letters"),
+        (
+            {},
+            ["variables.zzz=1"],
+            "'variables.zzz=1': the file uses no variable 'zzz'; it has",
+        ),
+        (
+            {"variables": {"lr": 1}},
+            ["variables.rl=1"],
+            "the file uses no variable 'rl', did you mean 'lr'; there are lr",
+        ),
+        (
+            {"recipe": "${variables.of}", "variables": {"b": 1, "a": 2}},
+            [],
+            "there is no variable 'of' to refer to (`variables` has a, b); set it there, or with v",
+        ),
+        ({"space": {"placement": {"choice": [1]}}}, [], "; a name of your own needs `branches`"),
+        (
+            {"space": {"train.lr": {"normal": [0, 1]}}},
+            [],
+            "not what may vary; write one of",
+        ),
+        ({"space": {1: {"choice": [1, 2]}}}, [], "space: the key 1 is no text; write keys such as"),
+        ({"budget": {"hours": -1}}, ["seeds=2"], "mine.yaml: budget.hours = -1"),
+        ({}, ["seeds=2", "budget.hours=-1"], "override 'budget.hours=-1': budget.hours = -1"),
         ({}, ["algorithm.name=grid"], "a grid cannot have all numbers"),
         ({"objective": []}, [], "objective = []: the list is empty"),
         ({"objective": [{"metric": "a"}] * 2}, [], "objective: the same metric stands there twice"),
@@ -306,6 +331,40 @@ def test_what_replaces_them_is_checked_like_the_file(file: Path, override: str, 
     for objective in (TWO[0], TWO):
         found = complaint(file, override, objective=objective, constraint=LIMIT)
         assert found.startswith("search: ") and says in found, found
+
+
+def test_the_command_line_replaces_what_a_key_of_the_space_may_be(file: Path) -> None:
+    space = {**BRANCHES, "train.lr": {"loguniform": [1e-5, 1e-2]}}
+    text = "{train.lr: {choice: [1]}, placement: {branches: {c: {mint.taps: middle}}}}"
+    found = written(file, f"space={text}", space=space).space.parameters
+    assert found["train.lr"] == Choice((1,))
+    assert found["placement"] == Branches({"c": Space({"mint.taps": Constant("middle")})})
+    kept = written(file, "space={mint.head: conv}").space.parameters
+    assert set(kept) == {"mint.hidden", "train.lr", "mint.head"}
+    both = complaint(file, "space={train.lr: {choice: [1], uniform: [1, 2]}}")
+    assert both == "search: space.train.lr: choice and uniform at once; give one of them"
+
+
+def test_a_file_whose_name_is_none_wants_one(file: Path) -> None:
+    for name in ("ünï", "a b", "-a"):
+        other = file.with_name(f"{name}.yaml")
+        other.write_text(yaml.safe_dump(CONTENT))
+        with pytest.raises(UserError, match=r"cannot be that of the search: .*with name=OTHER"):
+            load_search(str(other))
+        assert load_search(str(other), ["name=mine"]).spec.name == "mine"
+        other.write_text(yaml.safe_dump({**CONTENT, "name": "its-own"}))
+        assert load_search(str(other)).spec.name == "its-own"
+
+
+def test_a_search_extends_no_recipe(file: Path) -> None:
+    for content in ({"space": CONTENT["space"]}, CONTENT):
+        file.write_text(yaml.safe_dump({**content, "extends": "digits"}))
+        with pytest.raises(UserError, match="write `recipe: digits` instead of `extends`"):
+            load_search(str(file))
+    written(file)
+    other = file.with_name("other.yaml")
+    other.write_text("extends: mine.yaml\nseeds: 2")
+    assert load_search(str(other)).spec.seeds == 2
 
 
 def test_settings_are_for_the_branches_that_do_not_set_it(file: Path) -> None:

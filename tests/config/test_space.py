@@ -94,13 +94,15 @@ def test_every_kind_is_read() -> None:
         ("mint.taps", {"modules": True}, "modules = True: write a number from 1 to 4"),
         ("mint.taps", {"modules": {"count": 2, "amng": "x"}}, "write a number from 1 to 4, or"),
         ("a", {"branches": {}}, "space.a: branches need at least one name"),
-        ("a", {"branches": {"b+c (x)": {"d": 1}}}, "space.a: 'b+c (x)' names branches: take"),
-        ("a", {"branches": {"b/../c": {"d": 1}}}, "space.a: 'b/../c' names branches: take"),
-        ("a+b", {"branches": {"c": {"d": 1}}}, "space.a+b: 'a+b' names branches: take"),
+        ("a", {"branches": {"b+c (x)": {"d": 1}}}, "space.a: 'b+c (x)' cannot name branches; a"),
+        ("a", {"branches": {"b/../c": {"d": 1}}}, "space.a: 'b/../c' cannot name branches; a"),
+        ("a+b", {"branches": {"c": {"d": 1}}}, "space.a+b: 'a+b' cannot name branches; a"),
         ("a", {"branches": {"one": {}}}, "space.a.one: a mapping of at least one key"),
         ("a", {"branches": {"one": {"b": {"choice": []}}}}, "space.a.one.b: the choice is empty"),
         ("a", {"log_uniform": [1, 2]}, "unknown kind 'log_uniform', did you mean 'loguniform'?"),
         ("a", {"choices": [1, 2]}, "space.a: unknown kind 'choices', did you mean 'choice'?"),
+        ("a", {"choices": [1, 2]}, "There are choice, uniform, loguniform, randint, modules, br"),
+        ("a", {"choice": [1], "uniform": [1, 2]}, "space.a: choice and uniform at once; give one"),
     ],
 )
 def test_what_describes_no_space_is_told_in_a_line(key: str, what: object, says: str) -> None:
