@@ -15,7 +15,7 @@ import click
 
 import amint_ray
 from amint_ray import cli_audit, cli_evaluate, cli_tracking
-from amint_ray.contracts import RunError, UserError, first_line
+from amint_ray.contracts import RunError, UserError, few_samples, first_line
 from amint_ray.signals import Stopped, install_handlers, raise_if_stopped, received, write
 
 if TYPE_CHECKING:
@@ -104,14 +104,16 @@ def train(
 @cli.command()
 @click.argument("file", metavar="SEARCH.yaml")
 @_OVERRIDES
-@click.option("--dry-run", is_flag=True, help="Show the trials it would begin with, and stop.")
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Show the trials it would begin with, and stop."
+)
 @click.option("--new", is_flag=True, help="Begin anew, beside a search of the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--verbose", is_flag=True, help="Let Ray and MLflow talk, and show tracebacks.")
 def tune(
     file: str,
     overrides: tuple[str, ...],
-    dry_run: bool,
+    dry: bool,
     new: bool,
     as_json: bool,
     verbose: bool,
@@ -134,16 +136,16 @@ def tune(
         display = open_search_display(raise_if_stopped, plain=verbose)
         try:
             display.phase("starting")
-            from amint_ray.launch import tune_run  # torch and timm: seconds
+            from amint_ray.launch import dry_run, tune_run  # torch and timm: seconds
 
-            if dry_run:
+            if dry:
                 command = shlex.join(["amint", "tune", file, *overrides])
-                document = {**tune_run.show_plan(search, display), "next": command}
+                document = {**dry_run.show_plan(search, display, new=new), "next": command}
             else:
                 document = tune_run.run_search(search, display, new=new, verbose=verbose)
         finally:
             display.close()
-    print_document(document, print_planned if dry_run else print_search, stdout, as_json=as_json)
+    print_document(document, print_planned if dry else print_search, stdout, as_json=as_json)
 
 
 @cli.command(cls=_RecipeCommand)
@@ -362,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RunError):
             if "--verbose" in arguments:
                 traceback.print_exc()
-            return _say(str(error), 1)
+            return _say(few_samples(str(error)), 1)
         if "--verbose" in arguments:
             traceback.print_exc()
         what = f"{type(error).__name__}: {first_line(error)}"

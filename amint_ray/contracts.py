@@ -24,6 +24,10 @@ RESERVED_OPTIONS = {
 (a registered model must not depend on one), and what makes something else than a classifier."""
 
 
+_SAMPLES = re.compile(r"(?<=samples of the batch: )([^;]+?)(?: and (\d+) more)?(?=;|$)")
+_SAMPLES_SHOWN = 3
+
+
 class UserError(Exception):
     """A mistake of the user's, told in one line: what is wrong, where, and what to do.
 
@@ -45,6 +49,17 @@ def first_line(error: BaseException) -> str:
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", line)
+
+
+def few_samples(text: str) -> str:
+    """A message that names all samples of a batch, as a person is shown it: with three of them."""
+    return _SAMPLES.sub(_first_samples, text)
+
+
+def _first_samples(found: re.Match[str]) -> str:
+    names = found[1].split(", ")
+    more = int(found[2] or 0) + len(names[_SAMPLES_SHOWN:])
+    return ", ".join(names[:_SAMPLES_SHOWN]) + (f" and {more} more" if more else "")
 
 
 def leaves(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -16,6 +16,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_OF_SILENCE = 60.0
+"""After which a line that says nothing new says that it still goes on."""
 
 
 class LiveDisplay:
@@ -44,11 +46,13 @@ class LiveDisplay:
         self._task = self._progress.add_task("starting", total=None, detail="")
         self._steps = _StepRate()
         self._losses = ""
+        self._began = time.monotonic()
         self._progress.start()
 
     def phase(self, text: str) -> None:
         """Name what is going on; how long it takes is unknown."""
         self.heartbeat()
+        self._began = time.monotonic()
         self._progress.reset(self._task, total=None, description=text, detail="")
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -72,7 +76,7 @@ class LiveDisplay:
                 self._task,
                 completed=event["epochs"],
                 total=event["epochs_total"] or None,
-                detail=parts(event),
+                detail=f"{duration(time.monotonic() - self._began)}  {parts(event)}",
             )
         elif event["phase"] == "evaluate":
             self.phase("scoring every sample")
@@ -106,14 +110,16 @@ class PlainDisplay:
         self._console = console
         self._last = self._started = -math.inf
         self._steps = _StepRate()
-        self._pace = ""
+        self._pace = self._said = ""
         self._lost = 0
 
     def phase(self, text: str) -> None:
         """One line a phase."""
         self.heartbeat()
         self._started = time.monotonic()
-        self._print(text)
+        if text != self._said:  # such as the end of a search's last training, and its own
+            self._print(text)
+        self._said = text
 
     def event(self, event: Mapping[str, Any]) -> None:
         """One line now and then."""
@@ -127,10 +133,18 @@ class PlainDisplay:
         elif event["phase"] == "read":
             if time.monotonic() - self._started >= _SECONDS_BETWEEN_LINES and self._now_and_then():
                 self._print(f"{event['done']:,} of {event['total']:,} images")
-        elif event["phase"] == "parts" and self._now_and_then():
-            self._print(parts(event))
+        elif event["phase"] == "parts":
+            self._tell_parts(parts(event))
         elif event["phase"] == "epoch" and self._now_and_then():
             self._print(f"epoch {event['epoch']:g}  {losses(event)}{self._pace}{lost(self._lost)}")
+
+    def _tell_parts(self, text: str) -> None:
+        """What is new, or for a long time is not."""
+        quiet = time.monotonic() - self._last
+        if (text != self._said or quiet >= _SECONDS_OF_SILENCE) and self._now_and_then():
+            began = self._started if math.isfinite(self._started) else self._last
+            self._print(f"{duration(self._last - began)}  {text}")
+            self._said = text
 
     def _now_and_then(self) -> bool:
         now = time.monotonic()
@@ -174,10 +188,17 @@ def losses(event: Mapping[str, Any]) -> str:
 
 def parts(event: Mapping[str, Any]) -> str:
     """How many parts of an attack are done, and how far its trainings are."""
-    text = f"{event['done']} of {event['total']} parts done"
+    text = f"{event['done']} of {event['total']} {'part' if event['total'] == 1 else 'parts'} done"
     if event["epochs_total"]:
         text += f", {event['epochs']:.0f} of {event['epochs_total']:.0f} epochs trained"
     return text
+
+
+def duration(seconds: float) -> str:
+    """As a clock has it."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def lost(images: int) -> str:

@@ -14,7 +14,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from amint_ray.display import LiveDisplay, PlainDisplay
+from amint_ray.contracts import few_samples
+from amint_ray.display import LiveDisplay, PlainDisplay, duration
 from amint_ray.evaluation.objectives import (
     Objective,
     figure_value,
@@ -91,12 +92,6 @@ def _figures(trial: Mapping[str, Any], standing: _Standing) -> list[tuple[str, s
     return rows
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 class _TrialTable:
     """The table, made anew for the screen's size whenever it is drawn."""
 
@@ -109,7 +104,7 @@ class _TrialTable:
         if standing is None:
             return
         width = options.max_width
-        elapsed = _duration(time.monotonic() - self._started)
+        elapsed = duration(time.monotonic() - self._started)
         counts = Text(f"{elapsed}  {standing.counts()}", no_wrap=True, overflow="ellipsis")
         rows = self._rows(standing, console.height - _LINES_AROUND)
         if not rows:
@@ -148,7 +143,7 @@ class _TrialTable:
             _BROKEN if broken else trial["state"],
             f"{trial['epoch'] or 0}/{trial['epochs']}",
             *(value for _, value in _figures(trial, standing)),
-            _duration(trial["seconds"] or 0),
+            duration(trial["seconds"] or 0),
             _described(trial, names),
         ]
 
@@ -246,19 +241,17 @@ class PlainSearchDisplay(PlainDisplay):
         self._told, self._told_at = seen, now
         best = standing.ranked()[:1]
         told = f"; best {best[0]['id']}: {_figures_text(best[0], standing)}" if best else ""
-        self._print(f"{_duration(now - self._began)}  {standing.counts()}{told}")
+        self._print(f"{duration(now - self._began)}  {standing.counts()}{told}")
 
 
 def _news(trial: Mapping[str, Any], standing: _Standing, names: Mapping[str, str]) -> str:
     """What became of a trial."""
     name, state = trial["id"], trial["state"]
-    at = (
-        f"at epoch {trial['epoch'] or 0}/{trial['epochs']} after {_duration(trial['seconds'] or 0)}"
-    )
+    at = f"at epoch {trial['epoch'] or 0}/{trial['epochs']} after {duration(trial['seconds'] or 0)}"
     if state == "running":
         return f"{name} runs: {_described(trial, names)}, seed {trial['seed']}"
     if state == "failed":
-        return f"{name} failed {at}: {trial['reason'] or 'no reason is known'}"
+        return f"{name} failed {at}: {few_samples(trial['reason'] or 'no reason is known')}"
     broken = f"; breaks the constraint by {trial['violation']:.3g}" if trial["violation"] else ""
     return f"{name} {state} {at}: {_figures_text(trial, standing)}{broken}"
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from amint_ray.contracts import few_samples
 from amint_ray.evaluation.objectives import (
     AUDIT,
     HEADLINE,
@@ -111,7 +112,10 @@ def _found(document: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, str
     }
     reasons = Counter(t["reason"] for t in document["trials"] if t["state"] == "failed")
     if reasons:
-        told = [f"{times} times: {why}" for why, times in reasons.most_common(_MOST_REASONS)]
+        told = [
+            f"{times} times: {few_samples(why)}"
+            for why, times in reasons.most_common(_MOST_REASONS)
+        ]
         lines["why they failed"] = "; ".join(told)
     if document["constraint"] is not None:
         limits = [

@@ -122,7 +122,7 @@ def test_a_metric_that_no_trial_reports(tmp_path: Path, capfd: pytest.CaptureFix
 
     text = told("membership.member.tpr_at_fpr.0.001")
     assert "constraint on 'membership.member.tpr_at_fpr.0.001': no trial reports that" in text
-    assert "membership.member.auc" in text and "task.accuracy" in text
+    assert "there are membership.member." in text and text.endswith(" more")
     # Nothing is in the way of the search as it was meant.
     assert told("task.accuracy") == "Ray would start"
     assert not (kept / "searches").exists()
@@ -135,6 +135,54 @@ def test_another_search_has_the_folder(tmp_path: Path, capfd: pytest.CaptureFixt
     (kept / "searches/mine/search.json").write_text(json.dumps(record))
     text = complaint(capfd, file(tmp_path), f"storage.path={kept}")
     assert f"{kept}/searches/mine belongs to another search" in text
+
+
+def test_a_file_in_the_place_of_storage_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").touch()
+    arguments = (file(tmp_path), f"storage.path={tmp_path}/afile")
+    told = complaint(capfd, *arguments)
+    assert told == complaint(capfd, *arguments, "--dry-run")
+    assert told.startswith(f"storage.path: cannot write to '{tmp_path}/afile'")
+
+
+def test_a_dry_run_sees_what_the_search_would_be_refused_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept"
+    arguments = (file(tmp_path), f"storage.path={kept}", "--dry-run")
+    nowhere = ("data.source=folder", f"data.path={tmp_path}/none")
+    assert "none': there is no such file or folder" in complaint(capfd, *arguments, *nowhere)
+    (kept / "searches/mine").mkdir(parents=True)
+    record = kept / "searches/mine/search.json"
+    for text, says in (
+        ("{", f"{record} is damaged"),
+        (
+            json.dumps({"name": "mine-1", "fingerprint": "0", "identity": {}}),
+            "belongs to another search",
+        ),
+    ):
+        record.write_text(text)
+        assert says in complaint(capfd, *arguments)
+        assert main(["tune", *arguments, "--new", "--json"]) == 0  # goes beside it
+        capfd.readouterr()
+
+
+def test_a_dry_run_tells_of_a_search_that_is_there(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from amint_ray.config.search import identity, load_search, search_fingerprint
+
+    kept = tmp_path / "kept"
+    search = load_search(file(tmp_path), [f"storage.path={kept}"])
+    (kept / "searches/mine").mkdir(parents=True)
+    record = {"fingerprint": search_fingerprint(search), "identity": identity(search)}
+    (kept / "searches/mine/search.json").write_text(json.dumps({"name": "mine-1", **record}))
+    assert main(["tune", file(tmp_path), f"storage.path={kept}", "--dry-run", "--json"]) == 0
+    told = capfd.readouterr().err
+    assert f"{kept}/searches/mine has this search already, 0 trials of which have ended" in told
+    assert "this command would go on with it" in told
 
 
 def test_a_search_that_is_done_gives_what_it_gave(

@@ -9,6 +9,8 @@ import math
 import pytest
 from rich.console import Console
 
+from amint_ray import display
+from amint_ray.contracts import few_samples
 from amint_ray.display import LiveDisplay, PlainDisplay
 from amint_ray.tables import interval, print_data, print_document, print_reproduced, print_result
 
@@ -61,7 +63,7 @@ def test_parts_of_an_attack_in_both_forms() -> None:
     plain = PlainDisplay(Console(file=out, width=80))
     plain.event(PARTS)
     plain.event({**PARTS, "done": 4})  # too soon after the last line
-    assert out.getvalue() == "amint: 3 of 12 parts done, 18 of 40 epochs trained\n"
+    assert out.getvalue() == "amint: 0:00  3 of 12 parts done, 18 of 40 epochs trained\n"
     out = io.StringIO()
     live = LiveDisplay(Console(file=out, force_terminal=True, width=120))
     live.phase("training and asking 12 parts")
@@ -69,8 +71,43 @@ def test_parts_of_an_attack_in_both_forms() -> None:
     live.event({**PARTS, "done": 5, "epochs": 0.0, "epochs_total": 0.0})  # nothing is trained
     live._progress.refresh()
     live.close()
-    assert "5 of 12 parts done" in out.getvalue()
+    assert "0:00  5 of 12 parts done" in out.getvalue()
     assert "of 0 epochs" not in out.getvalue()
+
+
+def test_of_a_batchs_samples_three_are_shown() -> None:
+    head = "all failed: task loss nan; samples of the batch: "
+    names = [f"digits/{number}" for number in range(40)]
+    rest = "; not tried again, or with --new"
+    for told, shown in (
+        (f"{', '.join(names)}", "digits/0, digits/1, digits/2 and 37 more"),
+        (f"{', '.join(names)} and 8 more", "digits/0, digits/1, digits/2 and 45 more"),
+        ("a, b, c", "a, b, c"),
+        ("a and 9 more", "a and 9 more"),
+    ):
+        for end in ("", rest):
+            assert few_samples(head + told + end) == head + shown + end
+            assert few_samples(head + shown + end) == head + shown + end
+    assert few_samples("a, b, c, d") == "a, b, c, d"
+
+
+def test_what_is_not_new_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    plain = PlainDisplay(Console(file=out, width=80))
+    for _ in range(2):
+        plain.phase("bringing it to its place")
+    alone = {**PARTS, "done": 0, "total": 1, "epochs": 0.0, "epochs_total": 20.0}
+    for seconds, epochs in ((6, 0.0), (12, 0.0), (30, 0.0), (36, 4.0), (95, 4.0), (97, 4.0)):
+        now = 100.0 + seconds
+        plain.event({**alone, "epochs": epochs})
+    assert out.getvalue().splitlines() == [
+        "amint: bringing it to its place",
+        "amint: 0:06  0 of 1 part done, 0 of 20 epochs trained",
+        "amint: 0:36  0 of 1 part done, 4 of 20 epochs trained",
+        "amint: 1:37  0 of 1 part done, 4 of 20 epochs trained",
+    ]
 
 
 def test_result_shows_figures_intervals_and_how_to_load() -> None:

@@ -46,7 +46,8 @@ class Claim:
             OSError: storage cannot be read.
         """
         signs = {name: beat for name, beat in beats(self.place).items() if name == _DRIVER}
-        if signs and wait and not standing_still(self.place, signs, watcher):
+        called = f"the {self._what} in {self.place.uri}"
+        if signs and wait and not standing_still(self.place, signs, watcher, called=called):
             raise self._at_work()
         self._before = signs.get(_DRIVER)
 

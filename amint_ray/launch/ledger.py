@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from amint_ray.contracts import RunError, first_line
+from amint_ray.contracts import RunError, few_samples, first_line
 from amint_ray.launch.kept import read_kept
 from amint_ray.storage import Location, list_files, open_input, write_atomically
 
@@ -250,6 +250,9 @@ def check_outcome(ledger: Ledger) -> None:
     failed = ledger.where(lambda trial: not trial.baseline and trial.state == "failed")
     looked = ledger.where(lambda trial: not trial.baseline and bool(trial.history))
     if failed and not looked:
+        alike = len({record.reason for record in failed}) == 1
         raise RunError(
-            f"search: all {len(failed)} trials failed, most of them so: {common_reason(failed)}"
+            f"search: all {len(failed)} trials failed{'' if alike else ', most of them so'}: "
+            f"{few_samples(common_reason(failed))}; failed trials are not tried again: put right "
+            "what it was and begin anew with --new, or under another name (name=OTHER)"
         )

@@ -189,3 +189,22 @@ def _ask_autoscaler(config: Cluster, workers: int, *, use_gpu: bool) -> None:
 
     worker = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     request_resources(bundles=[worker] * workers)
+
+
+def trials_at_a_time(
+    cluster: Cluster,
+    machines: Sequence[Machine],
+    workers: int | tuple[int, int],
+    *,
+    use_gpu: bool,
+) -> int:
+    """How many trainings of so many workers there is room for; one at least.
+
+    Args:
+        cluster: what each worker takes.
+        machines: of the cluster.
+        workers: of each training; of a range, as few as it can do with.
+        use_gpu: whether each worker has one.
+    """
+    fewest = workers if isinstance(workers, int) else workers[0]
+    return max(1, room_on(cluster, machines, use_gpu=use_gpu) // fewest)

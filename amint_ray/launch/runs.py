@@ -97,7 +97,9 @@ def find_unfinished(config: Config, storage: Location, watcher: Watcher) -> RunR
     return None
 
 
-def standing_still(folder: Location, before: dict[str, bytes], watcher: Watcher) -> set[str]:
+def standing_still(
+    folder: Location, before: dict[str, bytes], watcher: Watcher, *, called: str | None = None
+) -> set[str]:
     """Those runs whose drivers have died; waits until that is known of each.
 
     A driver cannot write while storage is away. The wait therefore begins anew after a look that
@@ -107,13 +109,14 @@ def standing_still(folder: Location, before: dict[str, bytes], watcher: Watcher)
         folder: of the runs' signs.
         before: their numbers.
         watcher: is told of the wait, and can end it.
+        called: what it is told is looked for; None: the newest run's name.
 
     Raises:
         OSError: storage cannot be read.
     """
     still = set(before)
     if still:
-        watcher.phase(f"looking whether {max(still)} is still running")
+        watcher.phase(f"looking whether {called or max(still)} is still running")
     since = looked = time.monotonic()
     while still and time.monotonic() < since + _DEAD_AFTER:
         watcher.heartbeat()

@@ -146,8 +146,12 @@ class SearchFolder:
 
 
 @contextlib.contextmanager
-def reading(storage: Location) -> Iterator[None]:
+def reading(storage: Location, key: str = "storage.path") -> Iterator[None]:
     """Say of storage that cannot be read which it is.
+
+    Args:
+        storage: what is read.
+        key: the configuration key that set it.
 
     Raises:
         RunError: for any OSError of the body.
@@ -155,7 +159,7 @@ def reading(storage: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"storage.path = {storage.uri!r}: {first_line(error)}") from error
+        raise RunError(f"{key} = {storage.uri!r}: {first_line(error)}") from error
 
 
 def open_search(search: Search, storage: Location, watcher: Watcher, *, new: bool) -> SearchFolder:
@@ -182,11 +186,7 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
         watcher.notice(f"to go on with this search: the same command, name={name} for --new")
     place = storage.below(f"searches/{name}")
     claim, record = Claim(place, "search"), _read(place)
-    if record is not None and record.fingerprint != fingerprint:
-        raise UserError(
-            f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
-            "this one another name (name=OTHER), or begin anew beside it with --new"
-        )
+    _check_same(place, record, search)
     ended = record is not None and _is_done(record, search)
     claim.look(watcher, wait=not ended)
     if record is None:
@@ -195,6 +195,38 @@ def open_search(search: Search, storage: Location, watcher: Watcher, *, new: boo
     attempts = record.attempts + (not ended)
     record = replace(record, ended=ended, attempts=attempts)
     return SearchFolder(claim, record)
+
+
+def _check_same(place: Location, record: SearchRecord | None, search: Search) -> None:
+    """Whether a folder is free for a search, or its own.
+
+    Raises:
+        UserError: it is not.
+    """
+    if record is not None and record.fingerprint != search_fingerprint(search):
+        raise UserError(
+            f"search: {place.uri} belongs to another search ({_differing(record, search)}); give "
+            "this one another name (name=OTHER), or begin anew beside it with --new"
+        )
+
+
+def earlier_search(search: Search, storage: Location) -> SearchFolder | None:
+    """The folder of this very search, where it was begun; `record.ended`: whether it is done.
+
+    Args:
+        search: what is asked for.
+        storage: where runs and searches are kept.
+
+    Raises:
+        UserError: the folder is another search's, or its record is damaged.
+        OSError: storage cannot be read.
+    """
+    place = storage.below(f"searches/{search.spec.name}")
+    record = _read(place)
+    _check_same(place, record, search)
+    if record is None:
+        return None
+    return SearchFolder(Claim(place, "search"), replace(record, ended=_is_done(record, search)))
 
 
 def done_search(search: Search, storage: Location) -> SearchFolder | None:

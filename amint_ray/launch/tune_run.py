@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from amint_ray.config.schema import Cluster, Config
+from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
 from amint_ray.config.search_schema import TRIALS_BY_DEFAULT
 from amint_ray.contracts import SearchWatcher, UserError
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
-from amint_ray.launch.cluster import address_of, connect, job_tags, local_cores
+from amint_ray.launch.cluster import address_of, connect, job_tags
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.ledger import Ledger, TrialRecord, check_outcome
 from amint_ray.launch.prepare import (
@@ -31,18 +29,22 @@ from amint_ray.launch.prepare import (
     worker_rows,
 )
 from amint_ray.launch.recording import Recording, data_tags, dataset_fields
-from amint_ray.launch.room import Machine, machines_of_cluster, plan_workers, room_on, wait_for_room
+from amint_ray.launch.room import (
+    machines_of_cluster,
+    plan_workers,
+    trials_at_a_time,
+    wait_for_room,
+)
 from amint_ray.launch.search_folder import SearchFolder, done_search, open_search, reading, spent
 from amint_ray.launch.search_plan import (
     Plan,
     base_of,
     check_on_images,
-    first_trials,
     plan_search,
 )
 from amint_ray.launch.search_result import conclude, open_parent, shown_again
 from amint_ray.launch.time_limit import in_thread
-from amint_ray.storage import check_access, locate
+from amint_ray.storage import check_folder, locate
 
 _SECONDS_BETWEEN_POLLS = 0.2
 _SECONDS_BETWEEN_SHOWS = 0.5
@@ -104,6 +106,7 @@ def run_search(
             "number of workers, or none could tell how many run at a time; give one number"
         )
     storage = locate(search.base.storage.path, "storage.path", attempts=STORAGE_ATTEMPTS)
+    check_folder(storage, "storage.path")
     with reading(storage):
         done = None if new else done_search(search, storage)
     if done is not None:
@@ -173,37 +176,6 @@ def _carry_out(
             )
 
 
-def show_plan(search: Search, watcher: SearchWatcher) -> dict[str, Any]:
-    """What a search would begin with.
-
-    Returns:
-        `search`, `trials` (`id`, `configuration`, `parameters`, `settings`, `seed`, `baseline`),
-        `planned` (trials in all) and `concurrent` (at a time; None: what the cluster that is to be
-        joined has room for).
-
-    Raises:
-        UserError: a value of the space gives no model, or `storage.path` cannot be written to.
-    """
-    check_access(locate(search.base.storage.path, "storage.path"), "storage.path")
-    plan = plan_search(search, watcher)
-    trials, planned = first_trials(plan)
-    concurrent = search.spec.budget.concurrent
-    if address_of(plan.base.cluster) is None:
-        machines = [Machine(local_cores(), torch.cuda.device_count())]
-        workers, use_gpu = plan_workers(
-            plan.base.cluster, machines, rows=plan.base.train.batch_size
-        )
-        room = _trials_at_a_time(plan.base.cluster, machines, workers, use_gpu=use_gpu)
-        concurrent = min(concurrent or room, room)
-    shown = ("id", "configuration", "parameters", "settings", "seed", "baseline")
-    return {
-        "search": search.spec.name,
-        "trials": [{key: getattr(trial, key) for key in shown} for trial in trials],
-        "planned": planned,
-        "concurrent": concurrent,
-    }
-
-
 def _same_images(folder: SearchFolder, prepared: Prepared) -> None:
     """Whether a search that goes on has the images and roles that it began with.
 
@@ -237,7 +209,7 @@ def _room(plan: Plan, prepared: Prepared, watcher: SearchWatcher, *, joined: boo
         if joined
         else plan_workers(cluster, machines_of_cluster(), rows=rows)
     )
-    most = _trials_at_a_time(cluster, machines_of_cluster(), workers, use_gpu=use_gpu)
+    most = trials_at_a_time(cluster, machines_of_cluster(), workers, use_gpu=use_gpu)
     asked = plan.search.spec.budget.concurrent
     if asked is not None and asked > most:
         watcher.notice(
@@ -254,17 +226,6 @@ def _room(plan: Plan, prepared: Prepared, watcher: SearchWatcher, *, joined: boo
             "for a smaller one"
         )
     return Room(workers, use_gpu, concurrent)
-
-
-def _trials_at_a_time(
-    cluster: Cluster,
-    machines: Sequence[Machine],
-    workers: int | tuple[int, int],
-    *,
-    use_gpu: bool,
-) -> int:
-    fewest = workers if isinstance(workers, int) else workers[0]
-    return max(1, room_on(cluster, machines, use_gpu=use_gpu) // fewest)
 
 
 def _search(
@@ -390,5 +351,7 @@ def _search(
     ledger.catch_up()
     for trial in ledger.where(lambda trial: trial.training is not None):
         Receiver(str(trial.training)).close()  # what workers sent after their trial was stopped
+    # A plain model that failed is tried once more by the next command, from where it was.
+    kept = ledger.where(lambda trial: trial.baseline and trial.state == "failed")
+    folder.clean([trial.id for trial in ledger.where(lambda t: t.ended) if trial not in kept])
     check_outcome(ledger)
-    folder.clean([trial.id for trial in ledger.where(lambda trial: trial.ended)])

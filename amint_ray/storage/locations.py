@@ -246,12 +246,31 @@ def check_access(location: Location, key: str) -> None:
     """
     if location.remote:
         return
+    check_folder(location, key)
+    try:
+        standing = _standing(Path(location.path))
+        if not os.access(standing, os.W_OK | os.X_OK):
+            raise PermissionError(f"{standing} may not be written to")
+    except OSError as error:
+        raise _not_writable(location.path, key, error) from error
+
+
+def check_folder(location: Location, key: str) -> None:
+    """Whether a local location is a folder, or can become one.
+
+    Args:
+        location: where nothing need be yet.
+        key: the configuration key that set it, for the error.
+
+    Raises:
+        UserError: a file is in its place.
+    """
+    if location.remote:
+        return
     try:
         standing = _standing(Path(location.path))
         if not standing.is_dir():
             raise NotADirectoryError(f"{standing} is no folder")
-        if not os.access(standing, os.W_OK | os.X_OK):
-            raise PermissionError(f"{standing} may not be written to")
     except OSError as error:
         raise _not_writable(location.path, key, error) from error
 

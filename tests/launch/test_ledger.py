@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from launch.searches import AUC, ledger_in, measured, place
 
-from amint_ray.launch.ledger import Ledger, TrialRecord, common_reason
+from amint_ray.contracts import RunError
+from amint_ray.launch.ledger import Ledger, TrialRecord, check_outcome, common_reason
 
 
 def record(identity: str = "t0000", configuration: int = 0) -> TrialRecord:
@@ -117,6 +118,25 @@ def test_the_common_reason(reasons: list[str | None], told: str) -> None:
     for trial, reason in zip(failed, reasons, strict=True):
         trial.reason = reason
     assert common_reason(failed) == told
+
+
+def test_where_all_failed_the_way_out_is_told() -> None:
+    ledger = Ledger(None)
+    named = "training failed: loss nan; samples of the batch: a, b, c, d, e"
+    for number in range(2):
+        ledger.add(record(f"t{number:04d}"))
+        ledger.end(f"t{number:04d}", "failed", named)
+    with pytest.raises(RunError) as told:
+        check_outcome(ledger)
+    assert str(told.value).startswith(
+        "search: all 2 trials failed: training failed: loss nan; samples of the batch: a, b, c and "
+        "2 more; failed trials are not tried again: "
+    )
+    assert "--new" in str(told.value) and "name=OTHER" in str(told.value)
+    ledger.add(record("t0002"))
+    ledger.end("t0002", "failed", "another")
+    with pytest.raises(RunError, match="all 3 trials failed, most of them so: training failed"):
+        check_outcome(ledger)
 
 
 def test_a_trial_that_storage_did_not_take_is_written_down_later(tmp_path: Path) -> None:

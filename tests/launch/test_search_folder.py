@@ -173,7 +173,9 @@ def test_a_search_whose_driver_lives_is_not_taken_over(tmp_path: Path, storage: 
         assert beside.record.name != first.record.name
     watcher = Silent()
     assert open_search(searched(tmp_path), storage, watcher, new=False).record.attempts == 2
-    assert watcher.phases == ["looking whether driver is still running"]
+    assert watcher.phases == [
+        f"looking whether the search in {storage.path}/searches/mine is still running"
+    ]
     last = open_search(searched(tmp_path), storage, Silent(), new=False)
     with last.alive():  # what is done is only looked at
         last.note(ended=True, spent=spent(searched(tmp_path)))
