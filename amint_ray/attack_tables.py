@@ -27,16 +27,17 @@ _EDITS = {
 def print_attack(document: Mapping[str, Any], console: Console) -> None:
     """All methods beside each other, how they take edited images, and whether aMINT leaks more."""
     console.print(_methods(document))
+    for note, titles in _dashes(document).items():
+        text = f"{', '.join(titles)}: {note}"
+        console.print(f"{'–':<23} {text}", highlight=False, markup=False, soft_wrap=True)
     edits = [edit for edit in _EDITS if any(edit in m["robustness"] for m in _rows(document))]
     if edits:
         console.print(_robustness(document, edits))
     if document["leak"] is not None:
         console.print(_leak(document["leak"]))
-    shadows = document["shadows"]
     lines = {
         "[…, …]": f"{document['confidence']:.0%} intervals given the threshold; one model",
-        "shadow models": f"{shadows['used']} of {shadows['asked']} used"
-        + (f", {len(shadows['failed'])} trainings came to nothing" if shadows["failed"] else ""),
+        "shadow models": _shadow_models(document["shadows"]),
         "MLflow run": f"{document['run_id']}, artifacts in {document['artifacts']}"
         if document["recorded"]
         else "not told",
@@ -45,7 +46,31 @@ def print_attack(document: Mapping[str, Any], console: Console) -> None:
         "an earlier attack used again",
     }
     for label, text in lines.items():
-        console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+        if text:
+            console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shadow_models(shadows: Mapping[str, Any]) -> str:
+    """How many tell something; empty where none were asked for."""
+    if not shadows["asked"]:
+        return ""
+    text, failed = f"{shadows['used']} of {shadows['asked']} used", len(shadows["failed"])
+    if failed:
+        text += f", {failed} {'training' if failed == 1 else 'trainings'} came to nothing"
+    return text
+
+
+def _dashes(document: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Why figures are not there: the methods' titles by reason."""
+    found: dict[str, list[str]] = {}
+    for method in _rows(document):
+        for question in ("member", "withheld"):
+            figures = method[question]
+            for figure in (figures["auc"], figures["tpr_at_fpr"].get(_FPR, _NONE)):
+                if figure["value"] is None and figure.get("note"):
+                    titles = found.setdefault(figure["note"], [])
+                    titles += [] if method["title"] in titles else [method["title"]]
+    return found
 
 
 def _rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:

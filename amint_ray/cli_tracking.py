@@ -124,10 +124,11 @@ def attack(
 ) -> None:
     """Attack MODEL by every method of the literature, beside its own MINT head.
 
-    MODEL is models:/NAME/VERSION, models:/NAME@ALIAS or a run's id. All methods are asked about the
-    run's own images: member against test, and withheld against test. Shadow models are trained with
-    the run's own recipe; what an attack did before is used again. Overrides say where data and
-    storage are now, and how the attack is made (attack.shadows=32; docs/attacks.md).
+    MODEL is models:/NAME/VERSION, models:/NAME@ALIAS, runs:/RUN_ID/model or a run's id. All methods
+    are asked about the run's own images: member against test, and withheld against test. Shadow
+    models are trained with the run's own recipe; what an attack did before is used again. Overrides
+    say where data and storage are now, and how the attack is made (attack.shadows=32;
+    docs/attacks.md).
 
     For instance: amint attack models:/amint-digits@challenger --methods yeom,rmia_online
     """

@@ -88,13 +88,27 @@ def test_all_methods_beside_each_other() -> None:
         "0.010 [-0.010, 0.030] (16 pairs)",
         "rmia_online 0.600 [0.580, 0.620] 0.570 [0.550, 0.590] 0.030 [0.010, 0.050] –",
         "method as it is JPEG 50 flip",
-        "shadow models 15 of 16 used, 1 trainings came to nothing",
+        "shadow models 15 of 16 used, 1 training came to nothing",
         "MLflow run abc, artifacts in attacks/1234-5678",
         "kept in amint_runs/attacks/1234/5678",
         "seconds 61.5, 7 parts of an earlier attack used again",
     ):
         assert row in lines, row
     assert sum(line.startswith("blind classifier") for line in lines) == 1  # reads no suspect
+
+
+def test_a_dash_is_explained_once() -> None:
+    made = document()
+    fixed = method("LiRA online, one variance", 0.7)
+    fixed["member"]["auc"] = {**NONE, "note": "no image"}
+    made["methods"]["lira_online_fixed"] = fixed
+    made["methods"]["yeom"] = method("loss threshold (Yeom)", 0.7)
+    made["methods"]["yeom"]["withheld"]["tpr_at_fpr"]["0.01"] = NONE
+    lines, _ = printed(made)
+    assert [line for line in lines if line.startswith("– ")] == [
+        "– LiRA online, loss threshold (Yeom): too few",
+        "– LiRA online, one variance: no image",
+    ]
 
 
 def test_on_a_narrow_screen_intervals_stand_below_their_figures_and_nothing_is_cut() -> None:
@@ -124,7 +138,7 @@ def test_nothing_but_methods() -> None:
     lines, text = printed(plain)
     assert "suspectswereedited" not in text and "outsider" not in text
     assert "MLflow run not told" in lines
-    assert "shadow models 0 of 0 used" in lines
+    assert not any("shadow models" in line or "0 of 0" in line for line in lines)
 
 
 def test_no_trainings_to_compare_over() -> None:

@@ -112,6 +112,8 @@ LIRA_ONLINE = Method(
     source=_SOURCE,
     score=functools.partial(_online, fixed=False),
     needs=_NEEDS,
+    inside=FEWEST,
+    outside=FEWEST,
 )
 LIRA_ONLINE_FIXED = Method(
     name="lira_online_fixed",
@@ -119,6 +121,8 @@ LIRA_ONLINE_FIXED = Method(
     source=_SOURCE,
     score=functools.partial(_online, fixed=True),
     needs=_NEEDS,
+    inside=FEWEST,
+    outside=FEWEST,
 )
 LIRA_OFFLINE = Method(
     name="lira_offline",
@@ -126,6 +130,7 @@ LIRA_OFFLINE = Method(
     source=_SOURCE,
     score=functools.partial(_offline, fixed=False),
     needs=_NEEDS,
+    outside=FEWEST,
 )
 LIRA_OFFLINE_FIXED = Method(
     name="lira_offline_fixed",
@@ -133,4 +138,5 @@ LIRA_OFFLINE_FIXED = Method(
     source=_SOURCE,
     score=functools.partial(_offline, fixed=True),
     needs=_NEEDS,
+    outside=FEWEST,
 )

@@ -24,6 +24,8 @@ class Method:
             trained on. NaN: not scored. To be called where `evidence.lacks(needs, edit)` is None.
         needs: what of the evidence it reads beside the outputs: some of `mint`, `passive`,
             `shadows`, `snapshots`, `listed`, `blind`.
+        inside: shadow models that must have trained on an image for it to be scored.
+        outside: the same of those that must not.
         reads_suspect: whether an edit of the suspect changes what it reads.
         fitted: whether it learns from the `known` samples, and must not be measured on them.
     """
@@ -33,6 +35,8 @@ class Method:
     source: str
     score: Callable[[Evidence, str], Scores]
     needs: frozenset[str] = frozenset()
+    inside: int = 0
+    outside: int = 0
     reads_suspect: bool = True
     fitted: bool = False
 

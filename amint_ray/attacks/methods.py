@@ -63,9 +63,12 @@ def chosen(names: str) -> tuple[Method, ...]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise UserError(f"--methods: no name; give all, or some of {', '.join(METHODS)}")
-    for name in wanted:
-        if name not in METHODS and name != "all":
-            near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
-            hint = f"near names: {', '.join(near)}" if near else f"there are {', '.join(METHODS)}"
-            raise UserError(f"--methods: no attack is called {name!r}; {hint}")
+    if unknown := [name for name in dict.fromkeys(wanted) if name not in {*METHODS, "all"}]:
+        told = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+            told.append(f"{name!r}, did you mean {near[0]!r}" if near else repr(name))
+        raise UserError(
+            f"--methods: no attack is called {'; '.join(told)}; there are {', '.join(METHODS)}"
+        )
     return tuple(m for m in METHODS.values() if "all" in wanted or m.name in wanted)

@@ -111,6 +111,7 @@ OUTPUT_ATTACK_REFERENCE = Method(
     source=_SOURCE,
     score=functools.partial(_score, reference=True, snapshots=False),
     needs=frozenset({"shadows"}),
+    outside=1,
     fitted=True,
 )
 OUTPUT_ATTACK_SNAPSHOTS = Method(

@@ -94,6 +94,8 @@ RMIA_ONLINE = Method(
     source=_SOURCE,
     score=functools.partial(_score, online=True),
     needs=frozenset({"shadows"}),
+    inside=1,
+    outside=1,
 )
 RMIA_OFFLINE = Method(
     name="rmia_offline",
@@ -101,4 +103,5 @@ RMIA_OFFLINE = Method(
     source=_SOURCE,
     score=functools.partial(_score, online=False),
     needs=frozenset({"shadows"}),
+    outside=1,
 )

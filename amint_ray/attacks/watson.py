@@ -29,4 +29,5 @@ WATSON = Method(
     "Membership Inference Attacks, ICLR 2022",
     score=_score,
     needs=frozenset({"shadows"}),
+    outside=1,
 )

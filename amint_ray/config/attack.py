@@ -18,7 +18,7 @@ _SECTION = "attack"
 class AttackSettings(Section):
     """How an audited model is attacked; set as `attack.KEY=VALUE`."""
 
-    shadows: Annotated[int, Field(ge=0)] = 16
+    shadows: Annotated[int, Field(ge=0, le=100_000)] = 16
     """Shadow models of each kind. 0: only the methods that need none; one alone tells nothing."""
     shadow_loss: Literal["same", "plain"] = "same"
     """What the shadow models are trained by: the run's own joint loss, or λ₂ = 0."""

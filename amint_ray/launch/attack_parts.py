@@ -34,7 +34,7 @@ _CODE = (
 """Whatever may change what a part comes to; methods read parts and are not among it."""
 _SECONDS_BETWEEN_LOOKS = 0.3
 _SECONDS_BETWEEN_NEWS = 1.0
-_SPARE = 1.2
+SPARE = 1.2
 """Times what is written that must be free: files are whole before the old ones are gone."""
 
 Function = Callable[[Part, Look, str, Mapping[str, Any], Any], dict[str, Any]]
@@ -118,6 +118,12 @@ def fingerprint_of(what: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder, which need not exist, is on."""
+    standing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(standing).free
+
+
 def check_disk(place: Location, needed: int) -> None:
     """Whether a folder's disk has room for what is to be written.
 
@@ -130,11 +136,10 @@ def check_disk(place: Location, needed: int) -> None:
     """
     if place.remote:
         return
-    standing = next(p for p in (Path(place.path), *Path(place.path).parents) if p.exists())
-    free = shutil.disk_usage(standing).free
-    if needed * _SPARE > free:
+    free = free_bytes(Path(place.path))
+    if needed * SPARE > free:
         raise UserError(
-            f"attack.shadows: what is kept of all models takes {needed * _SPARE / 2**30:.3g} GiB "
+            f"attack.shadows: what is kept of all models takes {needed * SPARE / 2**30:.3g} GiB "
             f"and {place.uri} (storage.path) has {free / 2**30:.3g} GiB free; take fewer, give "
             "attack.edits=false or attack.compare_plain=false, or name another folder"
         )

@@ -197,11 +197,17 @@ def _tell_of_shadows(evidence: Evidence, plan: AttackPlan, watcher: Watcher) -> 
         watcher.notice("fewer than two shadow models came to something: nothing is compared")
         return
     inside = evidence.shadows.inside
-    fewest = int(min(inside.sum(axis=0).min(), (~inside).sum(axis=0).min()))
+    fewest, fewest_without = (int(of.sum(axis=0).min()) for of in (inside, ~inside))
+    few = []
     if fewest < _FEWEST:
+        few.append(f"some images train only {fewest}" if fewest else "some images train none")
+    if fewest_without < _FEWEST:
+        few.append(f"some train all but {fewest_without}" if fewest_without else "some train all")
+    if few:
         watcher.notice(
-            f"attack.shadows = {plan.settings.shadows}: some images are in, or out of, only "
-            f"{fewest} shadow models; what needs two of each leaves them out"
+            f"attack.shadows = {plan.settings.shadows}: {' and '.join(few)} of the {len(inside)} "
+            "shadow models; a method that needs more with an image, or without it, leaves that "
+            "image out"
         )
 
 

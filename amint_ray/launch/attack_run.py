@@ -10,8 +10,14 @@ from pyarrow.fs import FileSelector, FileType
 
 from amint_ray.attacks.method import Method
 from amint_ray.attacks.methods import chosen
-from amint_ray.config.attack import AttackSettings, load_attack
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.config.attack import load_attack
+from amint_ray.contracts import RunError, Watcher, first_line
+from amint_ray.data.roles import Manifest
+from amint_ray.launch.attack_checks import (
+    answering_methods,
+    check_room_for_shadows,
+    possible_methods,
+)
 from amint_ray.launch.attack_parts import Done, check_disk, resources_of, run
 from amint_ray.launch.attack_plan import AttackPlan, plan_attack
 from amint_ray.launch.attack_result import conclude
@@ -58,13 +64,23 @@ def run_attack(
     """
     started = time.perf_counter()
     settings, rest = load_attack(overrides)
-    wanted = _possible(chosen(methods), settings, watcher, named=methods != "all")
-    check_overrides(rest, purpose=_PURPOSE)
+    named = "all" not in [name.strip() for name in methods.split(",")]
+    wanted = possible_methods(chosen(methods), settings, watcher, named=named)
+    check_overrides(rest, purpose=_PURPOSE, also=("attack",))
     target = find_target(uri, rest, watcher, purpose=_PURPOSE)
     config = one_worker(target.earlier.config)
     checked = check(config, watcher)
     checkpoints = _checkpoints(checked.storage, target, watcher) if settings.snapshots else []
-    needs = _needs(wanted)
+    manifest = target.earlier.manifest
+
+    def with_shadows(methods: Sequence[Method], manifest: Manifest) -> list[Method]:
+        left = answering_methods(methods, settings, manifest, watcher, named=named)
+        with reading(checked.storage):
+            check_room_for_shadows(left, settings, config, manifest, checked.storage)
+        return left
+
+    if manifest is not None:
+        wanted = with_shadows(wanted, manifest)
     config, source = find_source(config, watcher)
     dataset = load_here(config, source, watcher) if config.data.mode == "memory" else None
     address = address_of(config.cluster)
@@ -75,12 +91,14 @@ def run_attack(
         if dataset is None:
             dataset = index_on_ray(config, source, checked.storage, watcher)
         check_same(target.earlier, dataset.index.manifest)
+        if manifest is None:
+            wanted = with_shadows(wanted, dataset.index.manifest)
         plan = plan_attack(
             with_streams(config, workers=1),
             settings,
             dataset.index.manifest,
             checked.storage,
-            needs=needs,
+            needs=_needs(wanted),
             model=target.digest,
             checkpoints=checkpoints,
         )
@@ -117,30 +135,6 @@ def _needs(methods: Sequence[Method]) -> set[str]:
     return {need for method in methods for need in method.needs}
 
 
-def _possible(
-    methods: Sequence[Method], settings: AttackSettings, watcher: Watcher, *, named: bool
-) -> list[Method]:
-    """Those methods that can be carried out under these settings.
-
-    Raises:
-        UserError: one that was named cannot.
-    """
-    without = {"shadows": settings.shadows == 0, "snapshots": not settings.snapshots}
-    cures = {"shadows": "attack.shadows=16", "snapshots": "attack.snapshots=true"}
-    possible = []
-    for method in methods:
-        lacking = [need for need in sorted(method.needs) if without.get(need)]
-        if lacking and named:
-            raise UserError(f"--methods: {method.name} needs {cures[lacking[0]]}")
-        if not lacking:
-            possible.append(method)
-    left_out = [method.name for method in methods if method not in possible]
-    if left_out:
-        ways = sorted({cures[need] for need in without if without[need]})
-        watcher.notice(f"left out: {', '.join(left_out)} ({', '.join(ways)} brings them)")
-    return possible
-
-
 def _checkpoints(storage: Location, target: Target, watcher: Watcher) -> list[Location]:
     """Weights of the run's checkpoints before its last, oldest first."""
     name = target.earlier.tags.get("mlflow.runName", "")
@@ -167,6 +161,7 @@ def _run(plan: AttackPlan, data: Mapping[str, Any], target: Target, watcher: Wat
     import ray
 
     resources = resources_of(plan.config, plan.settings)
-    watcher.phase(f"training and asking {len(plan.tasks)} parts")
+    parts = len(plan.tasks)
+    watcher.phase(f"training and asking {parts} {'part' if parts == 1 else 'parts'}")
     name = f"attack-{plan.place.path.rsplit('/', 1)[-1]}"
     return run(plan.tasks, name, data, ray.put(target.parts), resources, watcher)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amint_ray.config.load import ELSEWHERE, HARMLESS, fingerprint, load_config
+from amint_ray.config.load import (
+    ELSEWHERE,
+    HARMLESS,
+    did_you_mean,
+    fingerprint,
+    is_key,
+    load_config,
+    nearest_key,
+)
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, first_line
 from amint_ray.data.roles import Manifest
@@ -66,19 +74,26 @@ def check_overrides(
         also: further sections that may be given anew for that.
 
     Raises:
-        UserError: a key shapes the weights or the figures.
+        UserError: there is no such key, or it shapes the weights or the figures.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
-    sections = (*also, *ELSEWHERE)
+    sections = [*also, *ELSEWHERE]
+    for key in keys:
+        if key and not is_key(key):
+            section = key.partition(".")[0]
+            near = "" if is_key(section) else did_you_mean(section, sections)
+            near = near or nearest_key(key)
+            raise UserError(f"{key}: unknown key{near}; {_allowed(purpose, sections)}")
     refused = [
         key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in sections
     ]
     if refused:
-        allowed = [*MAY_DIFFER, *(f"{section}.*" for section in sections)]
-        raise UserError(
-            f"{', '.join(refused)}: a run is {purpose} with its own settings; given anew may be "
-            f"{', '.join(allowed)}"
-        )
+        raise UserError(f"{', '.join(refused)}: {_allowed(purpose, sections)}")
+
+
+def _allowed(purpose: str, sections: Sequence[str]) -> str:
+    keys = [*MAY_DIFFER, *(f"{section}.*" for section in sections)]
+    return f"a run is {purpose} with its own settings; given anew may be {', '.join(keys)}"
 
 
 def run_of(client: MlflowClient, uri: str) -> str:
@@ -125,12 +140,15 @@ def fetch(
             f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back"
         )
     if "amint.config_fingerprint" not in tags:
-        raise UserError(f"run {run_id} is none of amint_ray's: it has no amint.config_fingerprint")
+        raise UserError(
+            f"run {run_id} is none of amint_ray's: it has no amint.config_fingerprint; give a run "
+            "or model that `amint train` made (`amint models` lists them)"
+        )
     if run.info.status != "FINISHED" or _FIGURE not in metrics:
         raise UserError(
             f"run {run_id} is {run.info.status} and has "
             f"{'figures' if _FIGURE in metrics else 'no figures to compare with'}; only a finished "
-            f"run can be {purpose}"
+            f"run can be {purpose}: let `amint train` bring it to its end, or give another run"
         )
     with tempfile.TemporaryDirectory(prefix="amint-earlier-") as name:
         found = _download(client, run_id, Path(name))
@@ -171,7 +189,8 @@ def _read_config(
     """The configuration with what is given anew, and without."""
     if file is None:
         raise UserError(
-            f"run {run_id}: its artifact config.yaml is missing; it cannot be {purpose} without"
+            f"run {run_id}: its artifact config.yaml is missing; it cannot be {purpose} without: "
+            "bring the artifact back, or give another run or model"
         )
     try:
         original = load_config(str(file))

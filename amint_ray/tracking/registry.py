@@ -246,8 +246,9 @@ def run_of_model(client: MlflowClient, uri: str) -> str:
         return of_run[1]
     if not uri.startswith("models:/"):
         raise UserError(
-            f"{uri}: not a model of MLflow's, which has a run and its roles; give "
-            "models:/NAME/VERSION, models:/NAME@ALIAS or the id of a run"
+            f"{uri.strip() or 'an empty name'}: not a model of MLflow's, which has a run and its "
+            "roles; give models:/NAME/VERSION, models:/NAME@ALIAS, runs:/RUN_ID/model or the id of "
+            "a run"
         )
     try:
         exact, _ = _found(client, uri)

@@ -43,8 +43,9 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        ("lira", "'lira'; near names: lira_"),
-        ("yeom,rmia_onlin", "'rmia_onlin'; near names: rmia_online"),
+        ("lira", "'lira', did you mean 'lira_"),
+        ("yeom,rmia_onlin", "'rmia_onlin', did you mean 'rmia_online'; there are mint,"),
+        ("zzz,yeoom,yeom", "'zzz'; 'yeoom', did you mean 'yeom'; there are mint,"),
         ("xyz!", "'xyz!'; there are mint, "),
         (" , ", "no name"),
     ],

@@ -46,6 +46,7 @@ def test_the_rest_is_the_runs_and_passed_on_in_order() -> None:
         ("attack.compare=false", "did you mean 'compare_plain'; keys at the top level: shadows,"),
         ("attack.shadows=1", "shadows = 1: models that trained on an image are compared with"),
         ("attack.shadows=-1", "shadows = -1: input should be greater than or equal to 0"),
+        ("attack.shadows=100001", "shadows = 100001: input should be less than or equal to 100000"),
         ("attack.shadows=many", "shadows = 'many': input should be a valid integer"),
         ("attack.shadows.x=1", "shadows = {'x': 1}: input should be a valid integer"),
         ("attack.shadow_loss=none", "'none': input should be 'same' or 'plain'"),
