@@ -115,14 +115,15 @@ def render(
             confidence=audit.get("confidence", 0.95),
             judged=judged[:TABLE_ROWS],
             problems=problems[:PROBLEM_ROWS],
-            problem_count=len(problems),
+            problem_count=max(len(problems), _without_answer(audit)),
             galleries=[(_MOST, most), (_LEAST, least)],
             pictures={
                 image["image"]: _picture(thumbnails[image["image"]])
                 for image in (*most, *least)
                 if image["image"] in thumbnails
             },
-            histograms=_histograms(judged),
+            # Of the utmost images alone it would show what is not there.
+            histograms=_histograms(judged) if len(images) == audit["suspects"]["images"] else {},
             fewest=FEWEST_IN_A_HISTOGRAM,
             rest=IMAGES if IMAGES in digests else DOCUMENT,
             command=_command(audit),
@@ -218,10 +219,17 @@ def _picture(png: bytes) -> dict[str, Any]:
     return {"uri": f"data:image/png;base64,{encoded}", "small": max(width, height) < _SMALL}
 
 
+def _without_answer(audit: Document) -> int:
+    """Images that could not be read, or of which the model said nothing finite."""
+    suspects = audit["suspects"]
+    return int(suspects["unreadable"] + suspects.get("not_finite", 0))
+
+
 def _command(document: Document) -> str:
     """What repeats the audit in a shell."""
     words = ["amint", "audit", document["model"]["uri"], document["suspects"]["source"]]
-    words += [f"--{name}={document[name]:.12g}" for name in ("alpha", "prior", "fdr")]
+    words += [f"--{name}={document[name]:.12g}" for name in ("prior", "fdr")]
+    words += [f"audit.{name}={value}" for name, value in document["settings"].items()]
     return shlex.join(words)
 
 

@@ -94,9 +94,13 @@ def judge(
     needed = _needed(found, settings)
     # A model of which no image was withheld from its head has told it all there is to notice.
     withheld = (reference.role == Role.WITHHELD.value).any()
-    enough = needed[Role.WITHHELD.value if withheld else Role.MEMBER.value]
+    role = Role.WITHHELD if withheld else Role.MEMBER
     compared = max(e.compared for e in found)
-    reasons = _reasons(compared, p_value, enough, alike, confounders_clean, settings)
+    sizes = [(_power(e, role, settings, len(found)), e.compared) for e in found]
+    powered = any(size is not None and images >= size for size, images in sizes)
+    reasons = _reasons(
+        compared, p_value, needed[role.value], alike, confounders_clean, settings, powered=powered
+    )
     if reasons or p_value is None:
         verdict = "no_verdict"
     else:
@@ -245,7 +249,8 @@ def _needed(found: Sequence[Evidence], settings: Settings) -> dict[str, int | No
 
 def _power(evidence: Evidence, role: Role, settings: Settings, kinds: int) -> int | None:
     known = evidence.shares(role)
-    if len(known) < FEWEST_KNOWN:
+    # Images with labels and without are tested apart: neither test has all of them.
+    if len(known) < FEWEST_KNOWN or evidence.labels == "mixed":
         return None
     return images_for_power(
         known,
@@ -312,6 +317,8 @@ def _reasons(
     alike: Likeness,
     confounders_clean: bool | None,
     settings: Settings,
+    *,
+    powered: bool,
 ) -> list[dict[str, str]]:
     """Why there is no verdict; none where there is one."""
     found = []
@@ -323,7 +330,7 @@ def _reasons(
         found.append(reason("likeness_unknown"))
     elif alike.unlike:
         found.append(reason("unlike", effect=alike.effect.value, limit=LIMIT))
-    if p_value > settings.alpha and (needed is None or compared < needed):
+    if p_value > settings.alpha and not powered:
         found.append(reason("underpowered", compared=compared, needed=needed, power=settings.power))
     return found
 

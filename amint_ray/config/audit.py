@@ -35,12 +35,13 @@ class AuditSettings(Section):
     image_column: str | None = None
     """Parquet: the column with the images; by default the only one that holds any."""
     label_column: str | None = None
-    """Parquet: the column with class indices or class names; by default none is read."""
+    """Parquet: the column with class indices, or the hub's `ClassLabel` with names; by default none
+    is read."""
     folder: str = "amint_audits"
     """Where audits are kept, each in a folder of its own; local or `s3://`."""
     record: bool = True
     """Whether the report goes to the model's MLflow run, too, where it has one."""
-    thumbnails: Annotated[int, Field(ge=0, le=100)] = 12
+    thumbnails: Annotated[int, Field(ge=0, le=12)] = 12
     """Pictures in the report of the most likely, and of the least likely members."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Images in one forward pass."""

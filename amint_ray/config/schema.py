@@ -185,7 +185,7 @@ class Evaluation(Section):
     reference_images: Annotated[int, Field(ge=0)] = 2000
     """Images of `calibration`, of `member` and of `withheld` of which the registered model keeps
     what it says (outputs and activations; no pixels, no names): audits compare with them. 0: none;
-    then an audit has the MINT head's evidence alone."""
+    then the model cannot be audited."""
     select_every: Annotated[int, Field(ge=1)] | None = None
     """Epochs between two looks at the figures that a search selects by (`selection.…`), measured on
     `calibration` split in two and never on `test`; the last epoch always has one. null: none."""

@@ -25,7 +25,6 @@ from amint_ray.data.images import BadImage, decode, encode_png
 from amint_ray.data.sources import Fault
 from amint_ray.evaluation.metrics import Interval, auc
 from amint_ray.evaluation.outputs import Outputs
-from amint_ray.evaluation.reference import Reference
 from amint_ray.launch.audit_worker import Arrays, Asked
 from amint_ray.storage import Location, open_input, write_atomically
 from amint_ray.tracking.registered import RegisteredModel
@@ -106,6 +105,7 @@ def conclude(
             **judgement.document["suspects"],
         },
         "model": _model(model, origin, uri),
+        "settings": _given(settings),
         "seconds": dict(seconds),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": f"amint_ray {version('amint_ray')}",
@@ -128,6 +128,12 @@ def conclude(
             recorded = _tell_mlflow(asked.place, folder, origin.run_id, document, watcher)
     kept_at = {"report": asked.place.below(REPORT).uri, "recorded": recorded}
     return {**document, **kept_at, "images": list(rows) if every else shown}
+
+
+def _given(settings: AuditSettings) -> dict[str, Any]:
+    """What was set otherwise than by default and changes the result."""
+    silent = {"folder", "record", "thumbnails", "batch_size", "gpus", "retries", "timeout_seconds"}
+    return settings.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
 
 def _read(place: Location, name: str) -> Arrays:
@@ -204,7 +210,8 @@ def _lines(model: RegisteredModel, origin: Origin, *, confidence: float) -> dict
         negatives = score[reference.role == Role.CALIBRATION.value]
         return auc(positives, negatives, confidence=confidence).as_dict()
 
-    loss = _label_confidence(reference)
+    # φ of the image itself orders images as the loss does.
+    loss = reference.told.label_confidence[0].astype(np.float64)
     head = reference.mint_logit
     untrained = Interval.unknown("the MINT head was not trained (loss.lambda_mint = 0)").as_dict()
     trained = len(model.calibration) > 0
@@ -215,12 +222,6 @@ def _lines(model: RegisteredModel, origin: Origin, *, confidence: float) -> dict
         "loss": against(Role.WITHHELD, loss),
         "loss_member": against(Role.MEMBER, loss),
     }
-
-
-def _label_confidence(reference: Reference) -> npt.NDArray[np.float64]:
-    """(n,) φ of the image itself, which orders images as the loss does."""
-    found: npt.NDArray[np.float64] = reference.told.label_confidence[0].astype(np.float64)
-    return found
 
 
 def _blind(origin: Origin) -> dict[str, Any]:
@@ -369,9 +370,14 @@ def _utmost(
 ) -> list[tuple[dict[str, Any], tuple[int, int]]]:
     """The most and the least likely members, and some of those that cannot be judged."""
     silent = [each for each in images if each[0]["p_value"] is None]
+
+    def order(each: tuple[dict[str, Any], tuple[int, int]]) -> tuple[float, ...]:
+        scores = (each[0]["head_score"], each[0]["outputs_score"])
+        return (each[0]["p_value"], *(-score for score in scores if score is not None))
+
     ordered = sorted(
-        (each for each in images if each[0]["p_value"] is not None),
-        key=lambda each: float(each[0]["p_value"]),
+        (i for i in images if i[0]["p_value"] is not None and i[0]["duplicate_of"] is None),
+        key=order,
     )
     half = _SHOWN // 2 - _SHOWN // 20
     return [*ordered[:half], *ordered[half:][-half:], *silent[: _SHOWN // 10]]

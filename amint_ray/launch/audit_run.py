@@ -90,6 +90,7 @@ def run_audit(
     watcher.phase(f"fetching {uri}")
     uri = f"runs:/{uri}/model" if re.fullmatch(r"[0-9a-f]{32}", uri) else uri
     model = load(uri)
+    origin = _origin(uri)
     data = _preprocessing(uri, model, settings)
     found = find_suspects(suspects, settings, model.preprocessing.class_names, watcher)
     check_writable(storage, "audit.folder")
@@ -117,7 +118,7 @@ def run_audit(
             model,
             judged,
             settings,
-            _origin(uri),
+            origin,
             watcher,
             uri=uri,
             every=every,
@@ -217,7 +218,8 @@ def _look(
         int(min(machine.cores / cluster.cpus_per_worker, machine.gpus / gpus if gpus else 1e9))
         for machine in machines
     )
-    wanted = cluster.workers if isinstance(cluster.workers, int) else room
+    most = cluster.workers[-1] if isinstance(cluster.workers, tuple) else cluster.workers
+    wanted = room if most is None else most
     weights = {name: tensor.cpu() for name, tensor in model.model.state_dict().items()}
     told = [ray.put(asked), ray.put((model.model.architecture, weights))]
     actor = ray.remote(

@@ -103,7 +103,9 @@ def find_suspects(
     except (UserError, RunError) as error:
         # The sources speak of the configuration's keys, which an auditor has not written.
         text = first_line(error).replace(f"{_WHERE}.path={uri}: ", f"{uri}: ")
-        raise type(error)(text.replace(f"{_WHERE}.label_column", "audit.label_column")) from error
+        for key in ("label_column", "image_column"):
+            text = text.replace(f"{_WHERE}.{key}", f"audit.{key}")
+        raise type(error)(text) from error
     for note in source.notes:
         watcher.notice(f"{_WHERE}: {note}")
     for file in source.unreadable:

@@ -45,7 +45,7 @@ class Asked:
         data: how images become the model's input.
         evidence: `head`: nothing behind the deepest tap is computed.
         batch_size: images in a forward pass.
-        projection: of the taps' means; None: the model has no reference to compare with.
+        projection: of the taps' means.
         needs_labels: whether the head reads the task loss; then it is silent about images without.
         place: of the files.
     """
@@ -54,7 +54,7 @@ class Asked:
     data: Data
     evidence: EvidenceChoice
     batch_size: int
-    projection: npt.NDArray[np.float32] | None
+    projection: npt.NDArray[np.float32]
     needs_labels: bool
     place: Location
 
@@ -219,8 +219,7 @@ class Examiner:
         if asked.needs_labels:
             scores = np.where(labels >= 0, scores, np.nan)
         found |= {"mint_logit": scores, "finite": finite.cpu().numpy()}
-        if asked.projection is not None:
-            found["taps"] = means[0].cpu().numpy() @ asked.projection
+        found["taps"] = means[0].cpu().numpy() @ asked.projection
         return found
 
 

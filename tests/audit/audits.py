@@ -114,6 +114,7 @@ def document(verdict: str = "member", *, images: int = 30, **changes: Any) -> di
             "task_accuracy": figure(0.971, 0.952, 0.984),
             "calibration_images": 468,
         },
+        "settings": {"alpha": 0.013, "labels": False},
         "seconds": {"decoding": 1.57, "scoring": 2.68},
         "made": "2026-11-27T11:32:05Z",
         "version": "amint_ray 0.1.0",

@@ -298,6 +298,7 @@ def test_histograms_count_each_different_image_once() -> None:
     audit["images"] = [
         image(i) | {"p_head": (i + 1) / 20, "p_outputs": None, "p_value": 0.5} for i in range(20)
     ]
+    audit["suspects"]["images"] = 20
     page = page_of(audit)
     (chart,) = [e for e in page.all("svg") if e.attributes.get("role") == "img"]
     assert "2 of 20 images are in the lowest of 10 bins, where 2 would" in str(chart.attributes)
@@ -305,6 +306,9 @@ def test_histograms_count_each_different_image_once() -> None:
     assert {bar.attributes["height"] for bar in bars} == {"120.0"} and len(bars) == 10
     audit["images"][19]["duplicate_of"] = audit["images"][0]["image"]
     assert "of 19 images" in render(audit, {}, digests={})
+    # The utmost of many images are no sample of them.
+    audit["suspects"]["images"] = 21
+    assert "Histogram of p-values" not in render(audit, {}, digests={})
 
 
 def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
@@ -321,7 +325,7 @@ def test_the_command_repeats_the_audit() -> None:
     (command,) = page_of(audit).all("pre")
     assert command.text == (
         "amint audit models:/amint-digits/1 '/data/it'\"'\"'s here' "
-        "--alpha=0.013 --prior=0.11 --fdr=0.052"
+        "--prior=0.11 --fdr=0.052 audit.alpha=0.013 audit.labels=False"
     )
 
 
