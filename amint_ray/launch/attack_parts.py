@@ -156,14 +156,27 @@ def read_part(part: Part) -> Arrays:
     Raises:
         RunError: its file is damaged or gone.
     """
+    return read_arrays(part.place, part.name)
+
+
+def read_arrays(place: Location, name: str) -> Arrays:
+    """What a process of ours left in a file.
+
+    Args:
+        place: the folder.
+        name: of the file, without `.npz`.
+
+    Raises:
+        RunError: it is damaged or gone.
+    """
     try:
-        with open_input(part.place, f"{part.name}.npz") as file:
+        with open_input(place, f"{name}.npz") as file:
             arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
-            return {name: arrays[name] for name in arrays.files}
+            return {key: arrays[key] for key in arrays.files}
     except Exception as error:  # a zip file's own, NumPy's, the network's
         raise RunError(
-            f"{part.place.uri}/{part.name}.npz cannot be read ({first_line(error)}); delete it and "
-            "run the same command again"
+            f"{place.uri}/{name}.npz cannot be read ({first_line(error)}); delete it and run the "
+            "same command again"
         ) from error
 
 

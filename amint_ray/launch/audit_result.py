@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from amint_ray.data.images import BadImage, decode, encode_png
 from amint_ray.data.sources import Fault
 from amint_ray.evaluation.metrics import Interval, auc
 from amint_ray.evaluation.outputs import Outputs
-from amint_ray.launch.audit_worker import Arrays, Asked
-from amint_ray.storage import Location, open_input, write_atomically
+from amint_ray.launch.attack_parts import read_arrays
+from amint_ray.launch.audit_worker import Asked
+from amint_ray.storage import Location, write_atomically
 from amint_ray.tracking.registered import RegisteredModel
 from amint_ray.tracking.versions import asking, open_mlflow
 
@@ -136,29 +136,12 @@ def _given(settings: AuditSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
 
-def _read(place: Location, name: str) -> Arrays:
-    """What a process left.
-
-    Raises:
-        RunError: its file is damaged or gone.
-    """
-    try:
-        with open_input(place, f"{name}.npz") as file:
-            arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
-            return {key: arrays[key] for key in arrays.files}
-    except Exception as error:  # a zip file's own, NumPy's, the network's
-        raise RunError(
-            f"{place.uri}/{name}.npz cannot be read ({first_line(error)}); delete it and run the "
-            "same command again"
-        ) from error
-
-
 def _suspects(asked: Asked, parts: Sequence[str], *, trained: bool) -> tuple[Suspects, int]:
     """All images that could be read, and how many could not."""
     columns: dict[str, list[npt.NDArray[Any]]] = {}
     total = 0
     for name in parts:
-        part = _read(asked.place, name)
+        part = read_arrays(asked.place, name)
         usable = part["problem"] == ""
         total += len(usable)
         if not usable.any():
@@ -171,7 +154,7 @@ def _suspects(asked: Asked, parts: Sequence[str], *, trained: bool) -> tuple[Sus
     if not columns:
         raise UserError(
             f"suspects: {asked.found.uri}: none of the {total:,} images can be read; the first: "
-            f"{_read(asked.place, parts[0])['problem'][0]}"
+            f"{read_arrays(asked.place, parts[0])['problem'][0]}"
         )
     joined = {
         key: np.concatenate(values, axis=1 if values[0].ndim == 2 and key != "taps" else 0)
@@ -291,7 +274,7 @@ class _Rows:
         names: dict[int, str] = {}  # of images that others are copies of
         row = 0
         for part in self._parts:
-            read = _read(self._asked.place, part)
+            read = read_arrays(self._asked.place, part)
             columns = (read[key].tolist() for key in ("name", "label", "problem", "shard", "row"))
             for name, label, problem, shard, place in zip(*columns, strict=True):
                 if problem:

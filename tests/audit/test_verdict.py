@@ -215,6 +215,17 @@ def test_suspects_without_labels_and_some_without(reference: Reference) -> None:
     )
 
 
+def test_labelled_and_unlabelled_suspects_together_acquit_nobody(reference: Reference) -> None:
+    """Each kind is tested by itself, on a part of the images: none has the power of them all."""
+    ours = suspects(test=400)
+    verdicts = []
+    for given in (ours, without_labels(ours), without_labels(ours, np.arange(0, 400, 2))):
+        found = audit(given, reference).document
+        power = found["evidence"]["outputs"]["power"]["images_for_power"]
+        verdicts.append((found["verdict"], power is not None))
+    assert verdicts == [("not_member", True), ("not_member", True), ("no_verdict", False)]
+
+
 def test_head_alone_sees_told_members_and_acquits_nobody(reference: Reference) -> None:
     only = {"told": None, "untold": None, "prediction": np.full(80, -1)}
     settings = Settings(evidence="head")
