@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import amint_ray
-from amint_ray import cli_audit, cli_evaluate, cli_tracking
+from amint_ray import cli_audit, cli_evaluate, cli_key, cli_tracking
 from amint_ray.contracts import RunError, UserError, few_samples, first_line
 from amint_ray.signals import Stopped, install_handlers, raise_if_stopped, received, write
 
@@ -313,6 +313,7 @@ for command in cli_tracking.COMMANDS:
     cli.add_command(command)
 cli.add_command(cli_audit.audit)
 cli.add_command(cli_evaluate.evaluate)
+cli.add_command(cli_key.key)
 
 
 def _config_of_source(source: str, overrides: tuple[str, ...]) -> Config:

@@ -42,13 +42,15 @@ SCREEN = {
     *("display", "tables", "search_display", "search_tables"),
     *("attack_tables", "audit_tables", "evaluate_tables"),
 }
-ANYTHING = {"cli", "cli_audit", "cli_evaluate", "cli_tracking", "__main__"}
+ANYTHING = {"cli", "cli_audit", "cli_evaluate", "cli_key", "cli_tracking", "__main__"}
 
 FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
     "config/": {"torch", "ray", "mlflow"},
     "contracts.py": {"torch", "ray", "mlflow"},
     "data/roles.py": {"torch", "ray", "mlflow"},
+    "data/keys.py": {"torch", "ray", "mlflow"},
     "evaluation/metrics.py": {"torch", "ray", "mlflow"},
+    "evaluation/keyed": {"torch", "ray", "mlflow"},
     "evaluation/search": {"torch", "ray", "mlflow"},
     "evaluation/importance.py": {"torch", "ray", "mlflow"},
     "model/": {"ray", "mlflow"},
@@ -228,7 +230,8 @@ def test_checker_finds_each_planted_violation_and_nothing_else(tmp_path: Path) -
     ("modules", "absent"),
     [
         (
-            "contracts config.schema config.load data.roles evaluation.metrics evaluation.search "
+            "contracts config.schema config.load data.roles data.keys evaluation.metrics "
+            "evaluation.keyed evaluation.search "
             "evaluation.importance evaluation.by_group evaluation.seeds evaluation.controls "
             "search_display search_tables attack_tables audit_tables evaluate_tables "
             "attacks.evidence attacks.method attacks.shadows attacks.lira attacks.rmia "
