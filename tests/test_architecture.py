@@ -231,7 +231,7 @@ def test_checker_finds_each_planted_violation_and_nothing_else(tmp_path: Path) -
     [
         (
             "contracts config.schema config.load data.roles data.keys evaluation.metrics "
-            "evaluation.keyed evaluation.search "
+            "evaluation.keyed evaluation.keyed_collection evaluation.search "
             "evaluation.importance evaluation.by_group evaluation.seeds evaluation.controls "
             "search_display search_tables attack_tables audit_tables evaluate_tables "
             "attacks.evidence attacks.method attacks.shadows attacks.lira attacks.rmia "

@@ -83,6 +83,8 @@ def write_key(path: str | Path, key: bytes) -> None:
     Raises:
         UserError: there is something of that name already, or it cannot be written.
     """
+    if not Path(path).name:
+        raise UserError(f"key file {str(path)!r}: is no name of a file")
     try:
         final = Path(path).expanduser()
         temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
@@ -100,7 +102,7 @@ def write_key(path: str | Path, key: bytes) -> None:
             f"key file {str(path)!r}: is there already; a key is never overwritten, since what was "
             "trained with it could not be tested any more; name another file"
         ) from None
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: ""; RuntimeError: ~nobody
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: NUL; RuntimeError: ~nobody
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"key file {str(path)!r}: cannot be written: {reason}") from error
 
