@@ -1,8 +1,8 @@
 """What the keyed codes of a whole collection say: exact p-values, its power, the share of members.
 
 Weak memories add up: where no image's code convicts by itself, the sum over many may. Under the
-null (`keyed.py`) the codes of different contents are independent, so the sum's distribution is known,
-too.
+null (`keyed.py`) the codes of different contents are independent, so the distribution of the sum is
+known, too.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _GRID_FROM = 0.999
 _NATS = 45.0  # e^−45 < 3e-20: what lies outside of the window counts for nothing
 _MOST_RESAMPLES, _FEWEST_RESAMPLES, _DRAWS = 1000, 100, 1_000_000
 _HALVINGS = 40
+_FEW_BITS, _CLOSE = 128, 2
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def images_needed(
     halved in between. One image is judged by its exact p-value. Of more, on one grid for all, p is
     approximated by a saddle point with the correction for whole numbers (Lugannani & Rice, Advances
     in Applied Probability 12, 1980; Daniels, International Statistical Review 55, 1987), which is
-    far closer than the size can be told from so many collections.
+    far closer than the size can be told from so many collections; up to 128 bits, where it is not,
+    p is exact where that could change the judgement.
 
     Args:
         logits: (n, k) of images that trained the head.
@@ -196,7 +198,12 @@ def images_needed(
             chosen = rng.integers(n, size=size)
             bits_of_weight[row] = table[chosen].sum(axis=0, dtype=np.int64)
             missing[row] = missed[chosen].sum()
-        return float((approximate_p(missing, bits_of_weight) <= p).mean()) >= power
+        found = approximate_p(missing, bits_of_weight)
+        if size * logits.shape[1] <= _FEW_BITS:
+            for close in np.flatnonzero((found > p / _CLOSE) & (found < p * _CLOSE)):
+                exact = log_p_missing_at_most(int(missing[close]), bits_of_weight[close])
+                found[close] = math.exp(exact)
+        return float((found <= p).mean()) >= power
 
     low, high = 1, min(2, n)
     while not enough(high):
