@@ -117,6 +117,10 @@ class Batch:
             gradient of the mean over the global batch, however the rows are dealt out
             (BatchNorm's statistics are still each worker's own).
         told_per_worker: the same for the rows that train the MINT head.
+        code: (n - head_from, bits) of 0 and 1, what each row's code is; None: codes are not asked
+            for.
+        coded: (n - head_from,) bool, rows that train the code: of D, never of E.
+        coded_per_worker: the divisor for these rows.
     """
 
     images: torch.Tensor
@@ -128,6 +132,9 @@ class Batch:
     sample_id: npt.NDArray[np.str_]
     task_per_worker: float
     told_per_worker: float
+    code: torch.Tensor | None = None
+    coded: torch.Tensor | None = None
+    coded_per_worker: float = 0.0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -137,6 +144,8 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             membership=self.membership.to(device, non_blocking=True),
             told=self.told.to(device, non_blocking=True),
+            code=None if self.code is None else self.code.to(device, non_blocking=True),
+            coded=None if self.coded is None else self.coded.to(device, non_blocking=True),
         )
 
 
@@ -149,12 +158,14 @@ class ScoreBatch:
         labels: (n,) int64 class indices.
         sample_id: (n,) the source's names; fewer where the last rows are there to fill up.
         role: `Role` values, one a sample id.
+        code: (n, bits) of 0 and 1, one row a sample id; None: not known, or not asked for.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     sample_id: npt.NDArray[np.str_]
     role: npt.NDArray[np.str_]
+    code: npt.NDArray[np.uint8] | None = None
 
 
 class Streams(Protocol):
@@ -208,7 +219,11 @@ class ScoreTable:
         label: true class index.
         prediction: the task's most likely class.
         task_loss: cross-entropy in nats; NaN where the sample has no label (−1).
-        mint_logit: the MINT head's logit; larger means "more likely a member".
+        mint_logit: the MINT head's logit; larger means "more likely a member". Of a head that says
+            codes alone: the log-likelihood ratio of the sample's own code, in nats; NaN without it.
+        code_bits: length of its code; None, as the next two: the model says no codes.
+        code_matches: bits of the sample's own code that the model says.
+        code_p: the exact p-value of that (`evaluation.keyed.soft_p_values`).
     """
 
     sample_id: npt.NDArray[np.str_]
@@ -217,6 +232,9 @@ class ScoreTable:
     prediction: npt.NDArray[np.int64]
     task_loss: npt.NDArray[np.float64]
     mint_logit: npt.NDArray[np.float64]
+    code_bits: npt.NDArray[np.int64] | None = None
+    code_matches: npt.NDArray[np.int64] | None = None
+    code_p: npt.NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -231,7 +249,8 @@ class ScoreTable:
 
     def kept(self, keep: npt.NDArray[np.bool_]) -> ScoreTable:
         """The rows where `keep`, (n,), is true."""
-        return ScoreTable(**{name: column[keep] for name, column in vars(self).items()})
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return ScoreTable(**{name: column[keep] for name, column in columns.items()})
 
     def _among(self, sample_ids: Collection[str]) -> npt.NDArray[np.bool_]:
         import numpy as np

@@ -27,7 +27,8 @@ _MOST_CELLS = 1 << 21
 """Of the shadows' table, that are widened to float64 at a time."""
 
 _ABSENT = {
-    "mint": "the MINT head was not trained (loss.lambda_mint = 0)",
+    "mint": "the MINT head was not told of membership (loss.lambda_mint = 0, or mint.objective = "
+    "keyed: `amint audit --key-file` asks it)",
     "passive": "no MINT head was trained afterwards",
     "shadows": "there are no shadow models",
     "snapshots": "no earlier checkpoint of the run is left",

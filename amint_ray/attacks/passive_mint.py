@@ -57,7 +57,10 @@ def train_head(
     passive = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed ^ _ANOTHER_SEED)
-        passive.head = MintHead(spec.head, spec.taps, spec.num_classes)
+        # Of a head that says codes, what it is without them: it is told of membership alone.
+        plain = replace(spec, head=replace(spec.head, membership=True, bits=0), features=0)
+        passive.architecture = plain
+        passive.head = MintHead(plain.head, plain.taps, plain.num_classes)
     passive.to(device).eval()
     passive.backbone.requires_grad_(False)
     update = create_update(passive, config.train, streams.steps_per_epoch)

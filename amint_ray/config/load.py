@@ -69,10 +69,29 @@ def configured(tree: DictConfig, overrides: Sequence[str]) -> Config:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_unresolved(error)}") from error
+    if not any(override.lstrip().startswith("data.shares") for override in overrides):
+        values = _without_external(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"config: {line}" for line in explain(error, Config))) from error
+
+
+def _without_external(values: Any) -> Any:
+    """A head that learns codes alone needs no E: unless told otherwise, its share trains the task.
+
+    Args:
+        values: a configuration that nobody has checked yet.
+    """
+    try:
+        shares = values["data"]["shares"]
+        if values["mint"]["objective"] == "keyed" and shares["external"] > 0:
+            # Rounded: 0.16 + 0.14 must be written as 0.3.
+            member = round(shares["member"] + shares["external"], 12)
+            shares |= {"member": member, "external": 0.0}
+    except (KeyError, TypeError):  # not all is said, or it is wrong, which others will tell
+        pass
+    return values
 
 
 def _unresolved(error: OmegaConfBaseException) -> str:

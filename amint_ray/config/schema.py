@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from amint_ray.config.data_schema import Data
-from amint_ray.config.section import Names, Section, listed
+from amint_ray.config.mint_schema import Mint
+from amint_ray.config.section import Section
 from amint_ray.contracts import RESERVED_OPTIONS
 
 
@@ -32,50 +33,6 @@ class Model(Section):
         for key in RESERVED_OPTIONS & options.keys():
             raise ValueError(f"{key!r} is not a user's to set; leave it out")
         return options
-
-
-class Mint(Section):
-    """The membership-inference (MINT) head and where it reads."""
-
-    taps: Annotated[Names, Field(min_length=1)] = ("middle",)
-    """Where the head reads: `entry`, `middle` or `output`, which mean two modules each on any
-    backbone (`amint taps BACKBONE` shows them), or names and globs of modules, in any order.
-    The paper found two better than one on a CNN. The deeper the last one, the dearer the step, and
-    the more the two tasks disturb each other."""
-    head: Literal["mlp", "attention", "conv", "tokens"] = "mlp"
-    """`mlp`: a hidden layer over coarse maps or tokens, for any backbone. `conv`: the paper's for
-    CNNs. `tokens`: the paper's for ViTs, one linear layer over all that the taps give.
-    `attention`: learned queries over positions or tokens; slow to learn (docs/benchmarks.md)."""
-    channels: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Features a position is projected to (`attention`); filters of each convolution (`conv`)."""
-    queries: Annotated[int, Field(ge=1, le=256)] = 8
-    """Learned queries a tap (`attention`)."""
-    hidden: Annotated[int, Field(ge=1, le=65536)] = 128
-    """Width of the fully connected layer behind the joined taps (all but `tokens`)."""
-    pool: Annotated[int, Field(ge=1)] | None = 4
-    """Larger maps are averaged to this many positions a side first (all but `tokens`; `mlp` and
-    `conv` do so with a square of tokens, too); null: never, as in the paper, which on large maps
-    can cost more than the backbone."""
-    inputs: Annotated[
-        tuple[Literal["logits", "loss"], ...], Field(strict=False), BeforeValidator(listed)
-    ] = ()
-    """What else the head reads, in training as in scoring: the task's `logits`, the task `loss`
-    (whoever asks the model must then give labels). E's rows must then pass the whole backbone, its
-    BatchNorm statistics included; no gradient goes back through these inputs."""
-    detach: bool = False
-    """Stop the head's gradient at the taps: the backbone is then trained plainly, bit for bit (λ₁
-    and the weighting apply to the head alone), and E's rows cost a third. Where training and
-    evaluation mode differ (BatchNorm, dropout), D passes the trunk once more for the head."""
-    views: Literal["plain", "task"] = "plain"
-    """What the head sees where `data.augment` changes what the task sees. `plain`: D and E as they
-    will be scored, D in rows of its own. `task`: D and E augmented alike, in the task's rows."""
-
-    @field_validator("taps", "inputs")
-    @classmethod
-    def _distinct(cls, items: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(items)) < len(items):
-            raise ValueError("the same name stands there twice")
-        return items
 
 
 class Loss(Section):
@@ -293,10 +250,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _roles_that_training_needs(self) -> Config:
         none = self.data.shares.external == 0 and self.data.external.source is None
-        if self.loss.lambda_mint > 0 and none:
+        if self.uses_external and none:
             raise ValueError(
                 "loss.lambda_mint > 0 needs external images: give data.shares.external a share, or "
-                "a data.external.source"
+                "a data.external.source, or take mint.objective=keyed, which needs none"
             )
         return self
 
@@ -322,6 +279,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _gradients_that_gradnorm_reads(self) -> Config:
         if self.loss.weighting == "gradnorm" and self.loss.lambda_mint > 0:
+            if self.mint.coded and self.mint.keyed.head == "fixed":
+                raise ValueError(
+                    "loss.weighting=gradnorm balances gradients at the last tap, and "
+                    "mint.keyed.head=fixed reads none; use another weighting"
+                )
             if self.mint.detach:
                 raise ValueError(
                     "loss.weighting=gradnorm balances gradients, and with mint.detach=true the "
@@ -335,9 +297,24 @@ class Config(Section):
         return self
 
     @property
+    def uses_external(self) -> bool:
+        """Whether E is trained on."""
+        return self.loss.lambda_mint > 0 and self.mint.objective != "keyed"
+
+    @property
+    def uses_key(self) -> bool:
+        """Whether images' codes are trained on."""
+        return self.loss.lambda_mint > 0 and self.mint.coded
+
+    @property
+    def wants_codes(self) -> bool:
+        """Whether images' codes are to be had: also where only some of a search's trials do."""
+        return self.uses_key or self.mint.names_key
+
+    @property
     def external_rows(self) -> int:
         """Rows of E in a global batch."""
-        if self.loss.lambda_mint == 0:
+        if not self.uses_external:
             return 0
         return round(self.train.batch_size * self.train.external_ratio)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from PIL import Image
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import Role, RunError, UserError
 from amint_ray.data.images import BadImage, decode, perceptual_hash
+from amint_ray.data.keys import image_content
 from amint_ray.data.near_duplicates import deciding_content, largest_group
 from amint_ray.data.roles import Manifest, build_manifest, content_hash
 from amint_ray.data.sources import (
@@ -31,6 +33,7 @@ from amint_ray.data.sources import (
     external_from,
     label_fault,
 )
+from amint_ray.data.transforms import Views
 
 Progress = Callable[[int, int], None]
 Keep = Callable[[int, Image.Image], None]
@@ -48,12 +51,17 @@ SCHEMA = pa.schema(
         "width": pa.int32(),
         "height": pa.int32(),
         "perceptual": pa.int64(),
+        "scored": pa.binary(),
         "fault": pa.string(),
         "passing": pa.bool_(),
     }
 )
 """What examining a shard gives, a row an image; `fault` is null where the image can be used, and
-`passing` is true where that may change though the source does not."""
+`passing` is true where that may change though the source does not. `scored` is the hash of the
+pixels as they are scored, where it is wanted."""
+
+Hashes = Literal["roles", "content", "perceptual"]
+"""Which hashes of an image are wanted: those that roles need, or also those that codes are of."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ class Index:
         groups: how many different contents, or groups of near-duplicates, there are.
         largest_group: images in the largest of these; None: near-duplicates are not grouped.
         notes: what the user should know of it.
+        scored: (n,) hashes of the pixels as they are scored; None: they were not wanted.
+        perceptual: (n,) perceptual hashes; None likewise.
     """
 
     manifest: Manifest
@@ -107,6 +117,8 @@ class Index:
     groups: int
     largest_group: int | None = None
     notes: list[str] = field(default_factory=list)
+    scored: list[bytes] | None = None
+    perceptual: npt.NDArray[np.int64] | None = None
 
     def rows(self) -> Rows:
         """What a worker needs of it."""
@@ -126,6 +138,7 @@ def examine(
     *,
     keep: Keep | None = None,
     stored: Sequence[Raw] | None = None,
+    hashes: Hashes = "roles",
 ) -> pa.Table:
     """Look at each image of a shard.
 
@@ -136,6 +149,7 @@ def examine(
         keep: called with (row, RGB image) for each that can be used; without it, what is stored
             about the images spares decoding them.
         stored: the shard's images, where they were read already.
+        hashes: which are wanted.
 
     Returns:
         A table of `SCHEMA`.
@@ -148,7 +162,8 @@ def examine(
     labels: Sequence[int | None] = [None] * n
     try:
         labels = source.labels(shard)
-        known = source.known(shard) if keep is None else None
+        known = source.known(shard) if keep is None and hashes != "content" else None
+        views = Views(config) if hashes == "content" else None
         if known is not None:
             for name in ("content", "width", "height", "perceptual"):
                 columns[name] = list(getattr(known, name))
@@ -170,8 +185,10 @@ def examine(
                     continue
                 columns["content"][row] = content_hash(np.asarray(image))
                 columns["width"][row], columns["height"][row] = image.size
-                if config.near_duplicates is not None:
+                if config.near_duplicates is not None or hashes == "perceptual":
                     columns["perceptual"][row] = perceptual_hash(image)
+                if views is not None:
+                    columns["scored"][row] = image_content(views.plain(image).numpy())
                 if keep is not None:
                     keep(row, image)
     except DamagedError as error:
@@ -208,9 +225,11 @@ def chunks(source: Source) -> list[list[int]]:
     return groups
 
 
-def examine_chunk(source: Source, shards: Sequence[int], config: Data) -> pa.Table:
+def examine_chunk(
+    source: Source, shards: Sequence[int], config: Data, hashes: Hashes = "roles"
+) -> pa.Table:
     """Several shards' tables as one."""
-    return pa.concat_tables([examine(source, shard, config) for shard in shards])
+    return pa.concat_tables([examine(source, shard, config, hashes=hashes) for shard in shards])
 
 
 def index_here(
@@ -220,6 +239,7 @@ def index_here(
     readers: int,
     progress: Progress = lambda done, total: None,
     keep: Callable[[int, int, Image.Image], None] | None = None,
+    hashes: Hashes = "roles",
 ) -> Index:
     """The first pass by threads of this process; Pillow and hashing let them run side by side.
 
@@ -229,6 +249,7 @@ def index_here(
         readers: threads.
         progress: called with (images done, images in all).
         keep: called with (shard, row, RGB image) for each image that can be used.
+        hashes: which are wanted.
 
     Raises:
         UserError: nothing in it can be used.
@@ -237,9 +258,11 @@ def index_here(
     total, done, tables = count(source), 0, []
 
     def look(shard: int) -> pa.Table:
-        return examine(
-            source, shard, config, keep=keep and (lambda row, image: keep(shard, row, image))
-        )
+        def keep_row(row: int, image: Image.Image) -> None:
+            assert keep is not None
+            keep(shard, row, image)
+
+        return examine(source, shard, config, keep=keep and keep_row, hashes=hashes)
 
     with ThreadPoolExecutor(readers) as pool:
         try:
@@ -304,4 +327,6 @@ def settle(source: Source, tables: Sequence[pa.Table], config: Data) -> Index:
         groups=len(set(group)),
         largest_group=largest,
         notes=notes,
+        scored=None if table["scored"].null_count else table["scored"].to_pylist(),
+        perceptual=None if table["perceptual"].null_count else table["perceptual"].to_numpy(),
     )

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import RunError, first_line
-from amint_ray.data.index import SCHEMA, Index, chunks, examine_chunk, settle
+from amint_ray.data.index import SCHEMA, Hashes, Index, chunks, examine_chunk, settle
 from amint_ray.data.sources import Source
 from amint_ray.storage import Location, list_files, open_input, write_atomically
 
-_VERSION = 2
+_VERSION = 3
 _AGAIN = b"amint_ray.again"
 """Key of the metadata of a part that serves the run which wrote it and is not used again."""
 _BROKEN = (OSError, ValueError, pa.lib.ArrowException)  # what pyarrow raises for a damaged part
@@ -26,15 +26,22 @@ _LOOKS_AT_ONCE = 16
 class IndexFolder:
     """Parts of an index, each written by whoever is free."""
 
-    def __init__(self, storage: Location, source: Source, config: Data) -> None:
+    def __init__(
+        self, storage: Location, source: Source, config: Data, hashes: Hashes = "roles"
+    ) -> None:
         """Name the folder by all that the parts depend on.
 
         Args:
             storage: where indexes are kept; all readers must see it.
             source: what is indexed.
             config: tells what the parts depend on beside the source.
+            hashes: which are wanted.
         """
+        self._hashes: Hashes = hashes
         asked = [_VERSION, source.identity, config.max_megapixels, config.near_duplicates is None]
+        if hashes != "roles":
+            views = config.model_dump(include={"image_size", "crop_pct", "channels"})
+            asked += [hashes, *sorted(views.items())]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
         self.location = storage.below(f"indexes/{key}")
         self._chunks = chunks(source)
@@ -72,7 +79,7 @@ class IndexFolder:
         Raises:
             OSError: a shard, or a file of it, cannot be read now; or the part not be written.
         """
-        table = examine_chunk(source, self._chunks[chunk], config)
+        table = examine_chunk(source, self._chunks[chunk], config, self._hashes)
         if pc.any(table["passing"]).as_py():
             table = table.replace_schema_metadata({_AGAIN: b"an image could not be had"})
         with write_atomically(self.location, _name(chunk)) as file:
@@ -104,7 +111,7 @@ class IndexFolder:
                 return table
         except _BROKEN:
             pass
-        return examine_chunk(source, self._chunks[chunk], config)
+        return examine_chunk(source, self._chunks[chunk], config, self._hashes)
 
 
 def _name(chunk: int) -> str:

@@ -44,19 +44,17 @@ def load_key(*, key_file: str | None, key_env: str | None) -> bytes:
             never has anything of the key in it.
     """
     if key_file and key_env:
-        raise UserError(
-            "both mint.keyed.key_file and mint.keyed.key_env name a key; give one of them"
-        )
+        raise UserError("both mint.key_file and mint.key_env name a key; give one of them")
     if key_file:
         return _key_of(_read(key_file), f"key file {_shown(key_file)}")
     if key_env:
-        where = f"environment variable {_shown(key_env)} (mint.keyed.key_env)"
+        where = f"environment variable {_shown(key_env)} (mint.key_env)"
         if key_env not in os.environ:
             raise UserError(f"{where}: is not set; it must hold the key's hex digits")
         return _key_of(os.environ[key_env], where)
     raise UserError(
-        "no key is given: name its file (mint.keyed.key_file, or --key-file) or the environment "
-        f"variable that holds it (mint.keyed.key_env); {_MAKE_ONE}"
+        "no key is given: name its file (mint.key_file, or --key-file) or the environment "
+        f"variable that holds it (mint.key_env); {_MAKE_ONE}"
     )
 
 

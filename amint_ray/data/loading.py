@@ -15,6 +15,8 @@ from amint_ray.data.orders import Positions, fixed_sample, random, shuffled
 from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import crop_and_flip, to_model_input
 
+Codes = npt.NDArray[np.uint8]
+"""(samples, 64) of 0 and 1: the leading bits of each are its code."""
 Order = Callable[[Positions, str, int], Positions]
 """(samples, what for, number of the pass) to the order in which the pass takes them."""
 
@@ -52,7 +54,7 @@ class Schedule:
         self.steps_per_epoch = -(-len(d) // size)
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self._d_start = len(d) * np.arange(self.steps_per_epoch + 1) // self.steps_per_epoch
-        ratio = config.train.external_ratio if config.loss.lambda_mint > 0 else 0.0
+        ratio = config.train.external_ratio if config.uses_external else 0.0
         rows = np.rint(np.diff(self._d_start) * ratio).astype(np.int64)
         self._e_start = np.concatenate([[0], np.cumsum(rows)])
         self._passes: dict[tuple[str, int], Positions] = {}
@@ -89,15 +91,30 @@ class Schedule:
 class Batches:
     """Makes this rank's `Batch` of a step from pixels, wherever they were read."""
 
-    def __init__(self, told: npt.NDArray[np.bool_], config: Config, world_size: int) -> None:
+    def __init__(
+        self,
+        told: npt.NDArray[np.bool_],
+        config: Config,
+        world_size: int,
+        codes: Codes | None = None,
+    ) -> None:
         """Keep what all batches need.
 
         Args:
             told: (samples,) whether the head may be told of each.
             config: the whole configuration.
             world_size: number of workers.
+            codes: of all samples; None: they have none.
+
+        Raises:
+            ValueError: codes are trained on, and there are none.
         """
         self._told, self._config, self._world_size = told, config, world_size
+        if config.uses_key and codes is None:
+            raise ValueError("the samples' codes are missing")
+        self._codes = codes if config.uses_key else None
+        # The projection has nothing to be told: whatever trains the task carries its code.
+        self._coded = np.ones_like(told) if config.mint.keyed.head == "fixed" else told
 
     def batch(
         self,
@@ -131,6 +148,9 @@ class Batches:
         with_head = config.loss.lambda_mint > 0
         told = int(self._told[step.d].sum()) + len(step.e) if with_head else 0
         membership = torch.cat([torch.ones(len(mine_d)), torch.zeros(len(mine_e))])
+        code, coded = self.code_of(read), None
+        if code is not None:
+            coded = (torch.from_numpy(self._coded[read]) & (membership > 0)).to(device)
         return Batch(
             images=to_model_input([task, others], config.data),
             labels=torch.from_numpy(label).to(device),
@@ -141,7 +161,16 @@ class Batches:
             sample_id=sample_id,
             task_per_worker=len(step.d) / self._world_size,
             told_per_worker=told / self._world_size,
+            code=None if code is None else torch.from_numpy(code).to(device),
+            coded=coded,
+            coded_per_worker=int(self._coded[step.d].sum()) / self._world_size,
         )
+
+    def code_of(self, positions: Positions) -> npt.NDArray[np.uint8] | None:
+        """(k, bits) of 0 and 1 of some samples; None: they have none."""
+        if self._codes is None:
+            return None
+        return self._codes[positions, : self._config.mint.keyed.bits]
 
     def _moved(
         self, images: torch.Tensor, stream: str, rows: int, number: int, mine: Positions
@@ -169,6 +198,7 @@ class MemoryStreams:
         rank: int,
         world_size: int,
         device: torch.device | None = None,
+        codes: Codes | None = None,
     ) -> None:
         """Take hold of the images.
 
@@ -179,6 +209,7 @@ class MemoryStreams:
             rank: this worker.
             world_size: number of workers.
             device: where batches are wanted; images are kept there, too, if they fit.
+            codes: of all samples, where the configuration asks for them.
         """
         self.lost: Mapping[str, str] = {}  # nothing is
         self._device = device or torch.device("cpu")
@@ -189,7 +220,7 @@ class MemoryStreams:
         self._rank = rank
         self._world_size = world_size
         role = manifest.role
-        self._batches = Batches(role != Role.WITHHELD.value, config, world_size)
+        self._batches = Batches(role != Role.WITHHELD.value, config, world_size, codes)
         seed = config.train.seed
         self._schedule = Schedule(
             np.flatnonzero(np.isin(role, [r.value for r in Role if r.trains_task])),
@@ -235,6 +266,7 @@ class MemoryStreams:
                 labels=torch.from_numpy(self._manifest.label[rows]),
                 sample_id=self._manifest.sample_id[rows],
                 role=self._manifest.role[rows],
+                code=self._batches.code_of(rows),
             )
 
     def note_lost(self, lost: Mapping[str, str]) -> None:
@@ -269,13 +301,13 @@ def check_roles(manifest: Manifest, config: Config) -> None:
     Raises:
         UserError: a role that is needed is empty, or a batch would lack D or E.
     """
-    if config.loss.lambda_mint > 0 and config.external_rows == 0:
+    if config.uses_external and config.external_rows == 0:
         raise UserError(
             f"train.external_ratio = {config.train.external_ratio:g}: less than one image of E for "
             f"the {config.train.batch_size} of D in a batch; make one of the two larger"
         )
     needed = [Role.MEMBER, Role.CALIBRATION, Role.TEST]
-    if config.loss.lambda_mint > 0:
+    if config.uses_external:
         needed.append(Role.EXTERNAL)
     counts = manifest.counts
     for role in needed:
@@ -292,7 +324,7 @@ def check_roles(manifest: Manifest, config: Config) -> None:
             "make the batch smaller or the shares of member and withheld larger"
         )
     largest = -(-d // -(-d // config.train.batch_size))
-    if config.loss.lambda_mint > 0 and round(largest * config.train.external_ratio) == 0:
+    if config.uses_external and round(largest * config.train.external_ratio) == 0:
         raise UserError(
             f"train.external_ratio = {config.train.external_ratio:g}: less than one image of E for "
             f"the {largest} of D in a step; make it or the batch larger"

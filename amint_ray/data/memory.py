@@ -10,7 +10,7 @@ from PIL import Image
 
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError
-from amint_ray.data.index import Index, Progress, index_here
+from amint_ray.data.index import Hashes, Index, Progress, index_here
 from amint_ray.data.sources import Source, count
 from amint_ray.data.transforms import Views
 
@@ -45,6 +45,7 @@ def load_memory(
     *,
     readers: int,
     progress: Progress = lambda done, total: None,
+    hashes: Hashes = "roles",
 ) -> tuple[npt.NDArray[np.uint8], Index]:
     """Decode every image as it is scored.
 
@@ -53,6 +54,7 @@ def load_memory(
         config: tells the transforms and the roles.
         readers: threads.
         progress: called with (images done, images in all).
+        hashes: which are wanted; those of the pixels as they are scored can be had from these.
 
     Returns:
         (n, channels, size, size), and who they are, in the same order.
@@ -69,7 +71,14 @@ def load_memory(
     def keep(shard: int, row: int, image: Image.Image) -> None:
         images[first[shard] + row] = views.plain(image).numpy()
 
-    index = index_here(source, config, readers=readers, progress=progress, keep=keep)
+    index = index_here(
+        source,
+        config,
+        readers=readers,
+        progress=progress,
+        keep=keep,
+        hashes="roles" if hashes == "content" else hashes,
+    )
     used = first[index.shard] + index.row
     # Without a gap, nothing is copied.
     return (images if len(used) == len(images) else images[used]), index

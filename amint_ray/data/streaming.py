@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Batch, Role, RunError, ScoreBatch
 from amint_ray.data.index import Rows
-from amint_ray.data.loading import Batches, Schedule, Step
+from amint_ray.data.loading import Batches, Codes, Schedule, Step
 from amint_ray.data.orders import Positions, fixed_sample, random, stream_count, windowed
 from amint_ray.data.reading import Part, Piece, Wanted, read_parts
 from amint_ray.data.sources import Source
@@ -103,6 +103,7 @@ class StreamedStreams:
         world_size: int,
         readers: int,
         device: torch.device | None = None,
+        codes: Codes | None = None,
     ) -> None:
         """Plan the reading; the processes start with the first batch.
 
@@ -114,6 +115,7 @@ class StreamedStreams:
             world_size: number of workers.
             readers: processes to start.
             device: where batches are wanted.
+            codes: of all samples, where the configuration asks for them; readers need none.
         """
         streams = config.data.streams or stream_count(world_size * readers)
         self._plan = Plan(source, rows, config, rank, world_size, streams)
@@ -122,7 +124,7 @@ class StreamedStreams:
         self._device = device or torch.device("cpu")
         self._schedule = self._plan.schedule()
         withheld = list(Role).index(Role.WITHHELD)
-        self._batches = Batches(rows.role != withheld, config, world_size)
+        self._batches = Batches(rows.role != withheld, config, world_size, codes)
         self._parts: Iterator[Part] | None = None
         self._next_step = -1
         self.steps_per_epoch = self._schedule.steps_per_epoch
@@ -168,6 +170,7 @@ class StreamedStreams:
                 labels=torch.from_numpy(rows.label[positions].astype(np.int64)),
                 sample_id=np.array([part.names[slot] for slot in part.plain_slot], np.str_),
                 role=_ROLES[rows.role[positions]],
+                code=self._batches.code_of(positions),
             )
 
     def note_lost(self, lost: Mapping[str, str]) -> None:

@@ -36,6 +36,7 @@ class Reference:
         untold: the same by the model's own prediction, as of images without a label.
         taps: (n, d) activations of all taps, each the mean over its positions, times `projection`.
         projection: (channels of all taps, d).
+        code_matches: (n,) bits of each image's code that the model says; None: it says no codes.
     """
 
     role: npt.NDArray[np.str_]
@@ -46,6 +47,7 @@ class Reference:
     untold: Outputs
     taps: Floats
     projection: Floats
+    code_matches: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.role)
@@ -65,6 +67,7 @@ class Reference:
             untold=self.untold.kept(rows),
             taps=self.taps[rows],
             projection=self.projection,
+            code_matches=None if self.code_matches is None else self.code_matches[rows],
         )
 
     def of(self, *roles: Role) -> Reference:
@@ -86,7 +89,8 @@ def draw_projection(channels: int) -> Floats:
 
 
 def append(parts: Sequence[Reference]) -> Reference:
-    """The rows of several, one after another; all have the same projection."""
+    """The rows of several, one after another; all have the same projection, and codes or not."""
+    matches = [part.code_matches for part in parts if part.code_matches is not None]
     return Reference(
         role=np.concatenate([part.role for part in parts]),
         label=np.concatenate([part.label for part in parts]),
@@ -96,6 +100,7 @@ def append(parts: Sequence[Reference]) -> Reference:
         untold=append_samples([part.untold for part in parts]),
         taps=np.concatenate([part.taps for part in parts]),
         projection=parts[0].projection,
+        code_matches=np.concatenate(matches) if matches else None,
     )
 
 
@@ -111,6 +116,8 @@ def write_reference(reference: Reference, path: Path) -> None:
     # The other outputs are the same whatever the label.
     columns["untold.label_confidence"] = reference.untold.label_confidence
     columns |= {"taps": reference.taps, "projection": reference.projection}
+    if reference.code_matches is not None:
+        columns["code_matches"] = reference.code_matches
     save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, path)
 
 
@@ -140,9 +147,11 @@ def read_reference(path: Path) -> Reference:
             untold=untold,
             taps=columns["taps"],
             projection=columns["projection"],
+            code_matches=columns.get("code_matches"),
         )
         rows = {len(found.role), len(found.label), len(found.mint_logit), len(found.taps)}
         rows |= {len(found.prediction)}
+        rows |= set() if found.code_matches is None else {len(found.code_matches)}
         rows |= {values.shape[1] for out in (told, untold) for values in vars(out).values()}
     except Exception as error:  # safetensors' own, a missing column, another shape
         raise ValueError(f"{path.name} holds no reference: {error}") from error

@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from amint_ray.config.schema import Evaluation
 from amint_ray.contracts import Role, ScoreTable
-from amint_ray.evaluation import metrics
+from amint_ray.evaluation import keyed, metrics
 from amint_ray.evaluation.calibration import threshold_at
+from amint_ray.evaluation.keyed_collection import images_needed
 from amint_ray.evaluation.metrics import Interval
 
 Scores = npt.NDArray[np.float64]
+_COLLECTION_P, _COLLECTION_POWER = 1e-6, 0.95
 
 
 def evaluate(
@@ -36,7 +38,8 @@ def evaluate(
         `task.accuracy`, and `task.loss`, the mean cross-entropy in nats, on `test`;
         `membership.member` and `membership.withheld`, the MINT head's score on that role against
         `test`; `loss_threshold.member` and `.withheld`, the same with the negated task loss (Yeom
-        et al., CSF 2018) as score. Leaves are `{value, low, high}`.
+        et al., CSF 2018) as score. Of a head that says codes, `membership` also has what
+        `keyed_figures` gives. Leaves are `{value, low, high}`.
     """
     test = table.of(Role.TEST)
     accuracy = metrics.proportion(
@@ -50,6 +53,9 @@ def evaluate(
         )
         for role in questions
     }
+    if table.code_p is not None:
+        for role in questions:
+            head[role.value] |= keyed_figures(table, config, of=role)
     if not head_trained:
         head = blank(head, "the MINT head was not trained (loss.lambda_mint = 0)")
     return {
@@ -138,6 +144,47 @@ def membership_figures(
         figures["tpr_at_fpr"][f"{target:g}"] = tpr.as_dict()
         figures["realised_fpr_at"][f"{target:g}"] = fpr.as_dict()
     return figures
+
+
+def keyed_figures(table: ScoreTable, config: Evaluation, *, of: Role) -> dict[str, Any]:
+    """What codes say of a role; nothing in it is estimated from images that were not trained on.
+
+    Args:
+        table: the scores, with codes.
+        config: tells the confidence.
+        of: the role.
+
+    Returns:
+        `bits` of a code; `match_rate`, the share of right bits, and `null_match_rate`, the same of
+        `test`, which is ½ but for chance; `tpr_at_p`, the share of images whose p-value is at most
+        0.01, 0.001, 1e-6; `null_share_at_p`, the same of `test`; `collection`: how many `images`
+        are convicted together at `p` with `power`, by the number of right bits (None: more than the
+        role has).
+    """
+    mine, null = table.of(of), table.of(Role.TEST)
+    assert mine.code_p is not None and mine.code_matches is not None
+    assert null.code_p is not None and null.code_matches is not None
+    assert table.code_bits is not None
+    bits, confidence = int(table.code_bits.max(initial=1)), config.confidence
+
+    def shares(p: Scores) -> dict[str, Any]:
+        levels = keyed.tpr_at_p(p, bits=bits, confidence=confidence)
+        return {level: share.as_dict() for level, share in levels.items()}
+
+    def rate(matches: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return keyed.match_rate(matches, bits=bits, confidence=confidence).as_dict()
+
+    # One weight for all bits: then what counts is their number.
+    right = (np.arange(bits) < mine.code_matches[:, None]).astype(np.int64)
+    images = images_needed(np.ones(right.shape), right, p=_COLLECTION_P, power=_COLLECTION_POWER)
+    return {
+        "bits": bits,
+        "match_rate": rate(mine.code_matches),
+        "null_match_rate": rate(null.code_matches),
+        "tpr_at_p": shares(mine.code_p),
+        "null_share_at_p": shares(null.code_p),
+        "collection": {"images": images, "p": _COLLECTION_P, "power": _COLLECTION_POWER},
+    }
 
 
 def four_lines(

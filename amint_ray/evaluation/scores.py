@@ -7,21 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from amint_ray.contracts import ScoreBatch, ScoreTable
+from amint_ray.evaluation import keyed
+
+CODE_COLUMNS = ("code_bits", "code_matches", "code_p")
+"""Of a `ScoreTable`, those that are there only if codes were scored."""
 
 
 @torch.inference_mode()
-def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device) -> ScoreTable:
+def score(model: Any, batches: Iterable[ScoreBatch], device: torch.device) -> ScoreTable:
     """Score samples in evaluation mode.
 
     Args:
-        model: returns (task logits, membership logits) for images and their labels.
+        model: returns (task logits, membership logits) for images and their labels; where the
+            latter are (n, …), they are of an `AuditedModel` whose head says codes.
         batches: samples with evaluation transforms applied; rows without a sample id are passed
             through the model and forgotten.
         device: where the model is.
@@ -36,6 +41,13 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
         loss = F.cross_entropy(logits.double(), labels.clamp(min=0), reduction="none")
         loss = loss.masked_fill(~known, torch.nan)
         rows = len(batch.sample_id)
+        said = membership[:rows].double()
+        mint: torch.Tensor = said
+        of_code: dict[str, npt.NDArray[Any]] = {}
+        if said.ndim == 2:
+            mint, logits_of_code = model.parted(said)
+            if batch.code is not None:
+                mint, of_code = _of_code(mint, logits_of_code, batch.code)
         parts.append(
             ScoreTable(
                 sample_id=batch.sample_id,
@@ -43,11 +55,39 @@ def score(model: nn.Module, batches: Iterable[ScoreBatch], device: torch.device)
                 label=batch.labels[:rows].numpy(),
                 prediction=logits[:rows].argmax(1).cpu().numpy(),
                 task_loss=loss[:rows].cpu().numpy(),
-                mint_logit=membership[:rows].double().cpu().numpy(),
+                mint_logit=mint.cpu().numpy(),
+                **of_code,
             )
         )
     model.train(was_training)
     return concatenate(parts)
+
+
+def _of_code(
+    mint: torch.Tensor, logits: torch.Tensor, code: npt.NDArray[np.uint8]
+) -> tuple[torch.Tensor, dict[str, npt.NDArray[Any]]]:
+    """What is kept of what a head says of codes.
+
+    Args:
+        mint: (n,) membership logits; NaN where there are none.
+        logits: (n, bits) of codes.
+        code: (n, bits) of the samples.
+
+    Returns:
+        (n,) membership logits, or log-likelihood ratios of the codes where there are none; and the
+        columns of codes, by name. NaN where what the head says is not finite.
+    """
+    said = logits.cpu().numpy()
+    finite = np.isfinite(said).all(1)
+    sound = np.where(finite[:, None], said, 0.0)
+    ratio = torch.from_numpy(keyed.log_likelihood_ratio(sound, code))
+    known = torch.from_numpy(finite)
+    mint = torch.where(torch.isnan(mint.cpu()) & known, ratio, mint.cpu())
+    return mint, {
+        "code_bits": np.full(len(code), code.shape[1], np.int64),
+        "code_matches": keyed.matches(sound, code),
+        "code_p": np.where(finite, keyed.soft_p_values(sound, code), np.nan),
+    }
 
 
 def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
@@ -56,7 +96,9 @@ def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
         text, whole, real = np.empty(0, np.str_), np.empty(0, np.int64), np.empty(0, np.float64)
         return ScoreTable(text, text, whole, whole, real, real)
     columns = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in vars(parts[0])
+        if getattr(parts[0], name) is not None
     }
     order = np.argsort(columns["sample_id"], kind="stable")
     return ScoreTable(**{name: column[order] for name, column in columns.items()})
@@ -64,7 +106,8 @@ def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
 
 def write_scores(table: ScoreTable, path: Path) -> None:
     """Store as Parquet."""
-    pq.write_table(pa.table({name: pa.array(column) for name, column in vars(table).items()}), path)
+    columns = {name: column for name, column in vars(table).items() if column is not None}
+    pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), path)
 
 
 def read_scores(path: Path) -> ScoreTable:
@@ -77,6 +120,7 @@ def read_scores(path: Path) -> ScoreTable:
         prediction=table["prediction"].to_numpy(),
         task_loss=table["task_loss"].to_numpy(),
         mint_logit=table["mint_logit"].to_numpy(),
+        **{name: table[name].to_numpy() for name in CODE_COLUMNS if name in table.column_names},
     )
 
 

@@ -292,7 +292,9 @@ def _plain(config: Config) -> Config:
 
 
 def _told(config: Config) -> Config:
-    """With a λ₂ that lets batches have E, where the run had none."""
-    if config.loss.lambda_mint > 0:
-        return config
-    return config.model_copy(update={"loss": config.loss.model_copy(update={"lambda_mint": 1.0})})
+    """With a λ₂ that lets batches have E, where the run had none, and without codes."""
+    mint = config.mint.model_copy(update={"objective": "binary"})
+    loss = config.loss
+    if loss.lambda_mint == 0:
+        loss = loss.model_copy(update={"lambda_mint": 1.0})
+    return config.model_copy(update={"mint": mint, "loss": loss})

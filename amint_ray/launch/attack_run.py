@@ -23,6 +23,7 @@ from amint_ray.launch.attack_plan import AttackPlan, plan_attack
 from amint_ray.launch.attack_result import conclude
 from amint_ray.launch.claim import alone_at
 from amint_ray.launch.cluster import address_of, connect
+from amint_ray.launch.codes import with_key
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.earlier import check_overrides, check_same
 from amint_ray.launch.prepare import check, put_data, with_streams
@@ -68,7 +69,7 @@ def run_attack(
     wanted = possible_methods(chosen(methods), settings, watcher, named=named)
     check_overrides(rest, purpose=_PURPOSE, also=("attack",))
     target = find_target(uri, rest, watcher, purpose=_PURPOSE)
-    config = one_worker(target.earlier.config)
+    config = with_key(one_worker(target.earlier.config))
     checked = check(config, watcher)
     checkpoints = _checkpoints(checked.storage, target, watcher) if settings.snapshots else []
     manifest = target.earlier.manifest

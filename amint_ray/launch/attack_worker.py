@@ -307,7 +307,7 @@ def _shown(
         batch = to_model_input([view(images, number).to(device)], config.data)
         logits, membership = model(batch, labels=told)
         views.append(outputs_of(logits.double().cpu().numpy(), labels))
-        mint.append(membership.double().cpu().numpy())
+        mint.append(model.parted(membership)[0].double().cpu().numpy())
     outputs = vars(stack_views(views)).items()
     return {
         **{f"{edit}/{field}": values for field, values in outputs},

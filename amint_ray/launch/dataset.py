@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
-from amint_ray.data.index import Index, Rows
+from amint_ray.data.index import Hashes, Index, Rows
 from amint_ray.data.index_folder import IndexFolder
 from amint_ray.data.memory import choose_mode, load_memory
 from amint_ray.data.quarantine import check_quarantine
@@ -81,8 +81,14 @@ def load_here(config: Config, source: Source, watcher: Watcher) -> Dataset:
         config.data,
         readers=local_cores(),
         progress=lambda done, total: watcher.event(_reading(done, total)),
+        hashes=_hashes(config),
     )
     return _checked(config, Dataset(source, index, images), watcher)
+
+
+def _hashes(config: Config) -> Hashes:
+    """Which hashes of an image this run needs."""
+    return config.mint.keyed.code_from if config.wants_codes else "roles"
 
 
 def index_on_ray(config: Config, source: Source, storage: Location, watcher: Watcher) -> Dataset:
@@ -101,7 +107,7 @@ def index_on_ray(config: Config, source: Source, storage: Location, watcher: Wat
     import ray
 
     watcher.phase(f"indexing {count(source):,} images")
-    folder = IndexFolder(storage, source, config.data)
+    folder = IndexFolder(storage, source, config.data, _hashes(config))
     examine = ray.remote(num_cpus=1)(IndexFolder.write)
     shared = [ray.put(value) for value in (folder, source, config.data)]
     waiting = {
@@ -169,7 +175,7 @@ def confounders(
     """
     if not config.data.confounder_check:
         return None
-    roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.loss.lambda_mint > 0 else [])
+    roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.uses_external else [])
     kept = _kept_as(config, dataset, roles) if dataset.images is None else None
     found = None if kept is None else _read_kept(storage, kept)
     if found is None:

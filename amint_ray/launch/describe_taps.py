@@ -80,7 +80,7 @@ def _cost(config: Config, name: str, shape: tuple[int, int, int]) -> dict[str, A
         num_classes=2,
         input_shape=shape,
         taps=[name],
-        head=head_spec(config.mint),
+        head=head_spec(config.mint, coded=config.uses_key),
         detach=config.mint.detach,
     )
     return {

@@ -27,7 +27,7 @@ from amint_ray.evaluation.controls import (
     plain_figures,
     stranger_figures,
 )
-from amint_ray.evaluation.scores import concatenate
+from amint_ray.evaluation.scores import CODE_COLUMNS, concatenate
 from amint_ray.launch.attack_parts import (
     Done,
     Task,
@@ -41,6 +41,7 @@ from amint_ray.launch.attack_plan import AttackPlan, plan_attack
 from amint_ray.launch.attack_worker import Look, Part
 from amint_ray.launch.claim import alone_at
 from amint_ray.launch.cluster import address_of, connect
+from amint_ray.launch.codes import with_key
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.earlier import Earlier, check_same
 from amint_ray.launch.evaluate_worker import GIVEN, hash_images, look_at_strangers, score_again
@@ -127,7 +128,7 @@ def ask_on_ray(
     import ray
 
     target = load_target(uri, earlier)
-    config = one_worker(earlier.config)
+    config = with_key(one_worker(earlier.config))
     checked = check(config, watcher)
     given = None
     if asked.ood is not None:
@@ -227,7 +228,7 @@ def _plan(
             part = replace(part, roles=roles.astype(np.uint8))
             heads.append(Task(part, shown, attack.passive.function))
     strangers = None
-    if asked.full and config.loss.lambda_mint > 0:
+    if asked.full and config.loss.lambda_mint > 0 and config.mint.objective != "keyed":
         test = np.flatnonzero(manifest.role == Role.TEST.value)
         test = np.sort(np.random.default_rng(0).permutation(test)[:_MOST_STRANGERS])
         kinds = kinds_of(config.data.channels)
@@ -270,6 +271,7 @@ def _scores(plan: _Plan) -> ScoreTable:
                 prediction=part["prediction"],
                 task_loss=part["task_loss"],
                 mint_logit=part["mint_logit"],
+                **{name: part[name] for name in CODE_COLUMNS if name in part},
             )
         )
     return concatenate(tables)
@@ -303,7 +305,11 @@ def _controls(plan: _Plan, table: ScoreTable, config: Config, done: Done) -> dic
     found["blind"] = blind_figures(manifest.role[attack.positions], blind, evaluation)
     found["near_duplicates"] = _near_duplicates(plan, table, config)
     if plan.strangers is None:
-        found["strangers"] = {"note": "the MINT head was not trained (loss.lambda_mint = 0)"}
+        found["strangers"] = {
+            "note": "a key's error rate is the same for all images"
+            if config.uses_key
+            else "the MINT head was not trained (loss.lambda_mint = 0)"
+        }
     else:
         looked = read_part(plan.strangers.part)
         kinds = {kind: looked[kind] for kind in plan.strangers.look.edits}

@@ -14,7 +14,7 @@ from amint_ray.contracts import ScoreBatch
 from amint_ray.data.images import perceptual_hash
 from amint_ray.data.strangers import strange
 from amint_ray.data.transforms import to_model_input
-from amint_ray.evaluation.scores import score
+from amint_ray.evaluation.scores import CODE_COLUMNS, score
 from amint_ray.launch.attack_worker import Arrays, Look, Part, images_of, keep, loaded
 from amint_ray.model.joint import AuditedModel
 
@@ -40,6 +40,8 @@ def score_again(
     device = _device()
     place = {position: i for i, position in enumerate(looked_at.positions.tolist())}
 
+    codes = ray.get(data["codes"])[:, : part.config.mint.keyed.bits] if "codes" in data else None
+
     def batches() -> Iterator[ScoreBatch]:
         for positions, images in images_of(part.config, data, looked_at.positions):
             rows = [place[position] for position in positions.tolist()]
@@ -48,6 +50,7 @@ def score_again(
                 labels=torch.from_numpy(looked_at.labels[rows]),
                 sample_id=positions.astype(np.str_),
                 role=np.full(len(positions), ""),
+                code=None if codes is None else codes[positions],
             )
 
     def work() -> Arrays:
@@ -58,6 +61,7 @@ def score_again(
             "prediction": table.prediction,
             "task_loss": table.task_loss,
             "mint_logit": table.mint_logit,
+            **{name: getattr(table, name) for name in CODE_COLUMNS if table.code_p is not None},
         }
 
     return keep(part, work)
@@ -140,7 +144,7 @@ def _logits(model: AuditedModel, batch: torch.Tensor) -> Any:
     logits, membership = model(batch, labels=labels)
     if "loss" in model.architecture.head.inputs:
         _, membership = model(batch, labels=logits.argmax(1))
-    return membership.double().cpu().numpy()
+    return model.parted(membership)[0].double().cpu().numpy()
 
 
 def _device() -> torch.device:

@@ -17,6 +17,7 @@ from amint_ray.data.orders import stream_count
 from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import Views
 from amint_ray.launch.cluster import address_of, local_cores
+from amint_ray.launch.codes import codes_of
 from amint_ray.launch.dataset import Dataset, confounders
 from amint_ray.launch.knock import check_address
 from amint_ray.launch.room import Machine, plan_workers
@@ -97,7 +98,7 @@ def check(config: Config, watcher: Watcher) -> Checked:
     create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
     Views(config.data)
     stays = not architecture.early_exit and not config.mint.detach and not config.mint.inputs
-    if config.loss.lambda_mint > 0 and stays:
+    if config.uses_external and stays:
         watcher.notice(
             f"{config.model.backbone}: what comes behind {architecture.taps[-1].name} needs all "
             "rows, so E goes through the whole backbone"
@@ -209,13 +210,15 @@ def put_data(config: Config, dataset: Dataset) -> dict[str, Any]:
     """Put images or where they are into Ray's object store; see `worker.open_streams`."""
     import ray
 
+    codes = codes_of(config, dataset)
+    data = {} if codes is None else {"codes": ray.put(codes)}
     if dataset.images is None:
-        return {
+        return data | {
             "source": ray.put(dataset.source),
             "rows": ray.put(dataset.index.rows()),
             "readers": readers_of(config),
         }
-    return {"images": ray.put(dataset.images), "manifest": ray.put(dataset.index.manifest)}
+    return data | {"images": ray.put(dataset.images), "manifest": ray.put(dataset.index.manifest)}
 
 
 def worker_rows(config: Config, architecture: Architecture, smallest: int | None = None) -> int:

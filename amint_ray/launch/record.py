@@ -24,7 +24,7 @@ from amint_ray.launch.beside import MODEL
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.recording import Recording
 from amint_ray.tracking.card import CARD, model_card, shortened
-from amint_ray.tracking.folder import write_folder
+from amint_ray.tracking.folder import Code, write_folder
 from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import environment, without_password
 from amint_ray.train.loop import REFERENCE, SCORES
@@ -62,6 +62,11 @@ def record(
     figures["confounders"] = prepared.confounders
     index = prepared.dataset.index
     quarantine = [*index.quarantine, *lost.items()]
+    told = head_trained and config.mint.objective != "keyed"
+    keyed, code = config.mint.keyed, None
+    if config.uses_key:
+        assert keyed.fingerprint is not None
+        code = Code(keyed.fingerprint, keyed.code_from, keyed.bits, told)
     # A model whose head says nothing must not become the newest version of one whose head does.
     name = config.registered_model + ("" if head_trained else "-plain")
     model = run.new_folder()
@@ -72,8 +77,10 @@ def record(
         architecture=prepared.architecture,
         data=config.data,
         class_names=index.class_names,
-        calibration=table.of(Role.CALIBRATION).mint_logit if head_trained else np.empty(0),
+        # Of codes alone nobody has scores to compare with calibration's but who has the key.
+        calibration=table.of(Role.CALIBRATION).mint_logit if told else np.empty(0),
         reference=reference if reference.is_file() else None,
+        code=code,
     )
     document = {
         "run_id": run.run_id or None,
@@ -92,6 +99,8 @@ def record(
         "lost": len(lost),
         "manifest_fingerprint": index.manifest.fingerprint,
         "config_fingerprint": fingerprint(config),
+        "objective": config.mint.objective,
+        "key_fingerprint": keyed.fingerprint if config.uses_key else None,
         "seeds": {"train": config.train.seed, "split": config.data.split_seed, "count": 1},
     }
     card = model_card(

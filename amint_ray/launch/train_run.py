@@ -17,6 +17,7 @@ from amint_ray.contracts import RunError, Watcher, first_line
 from amint_ray.data.loading import smallest_step
 from amint_ray.data.roles import Manifest
 from amint_ray.launch.cluster import address_of, connect, job_tags
+from amint_ray.launch.codes import with_key
 from amint_ray.launch.dataset import Dataset, find_source, index_on_ray, load_here
 from amint_ray.launch.prepare import (
     Prepared,
@@ -95,6 +96,7 @@ def run_training(
         return prepare(config, checked, dataset, watcher, earlier=earlier)
 
     with clock.phase("data"):
+        config = with_key(config)
         checked = check(config, watcher)
         asked, earlier = config, _earlier_run(config, checked.storage, watcher, resume)
         if earlier is not None:

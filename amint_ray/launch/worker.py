@@ -109,7 +109,8 @@ def open_streams(
 
     Args:
         config: the whole configuration, `data.mode` settled.
-        data: references to `images` and `manifest`, or to `source` and `rows`; and `readers`.
+        data: references to `images` and `manifest`, or to `source` and `rows`; and `readers`. Where
+            codes are asked for, to `codes`.
         context: tells which worker this is.
         roles: (n,) of all samples, in place of their own: places in `list(Role)`.
     """
@@ -117,6 +118,7 @@ def open_streams(
         "rank": context.rank,
         "world_size": context.world_size,
         "device": context.device,
+        "codes": ray.get(data["codes"]) if "codes" in data else None,
     }
     if config.data.mode == "memory":
         from amint_ray.data.loading import MemoryStreams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ from amint_ray.contracts import UserError
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.mint_head import HeadSpec, MintHead
 from amint_ray.model.placement import PLACEMENTS, enclosing, resolve
-from amint_ray.model.survey import Site, modes_agree, survey
-from amint_ray.model.taps import Tap, TapReader, allows_exit
+from amint_ray.model.survey import Site, modes_agree, run, survey
+from amint_ray.model.taps import FeatureReader, Tap, TapReader, allows_exit
 
 if TYPE_CHECKING:  # the model needs torch and timm alone
-    from amint_ray.config.schema import Config, Mint
+    from amint_ray.config.mint_schema import Mint
+    from amint_ray.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Architecture:
         modes_agree: whether the backbone computes the same in training and in evaluation mode.
         head: what the MINT head is built from.
         detach: whether the head's gradient stops at the taps.
+        features: width of what the classifier's last layer reads; 0 where the head does not.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (for `from_json`)
@@ -48,11 +51,12 @@ class Architecture:
     modes_agree: bool
     head: HeadSpec
     detach: bool
+    features: int = 0
 
     @property
     def exits_early(self) -> bool:
-        """Whether E's rows do leave after the last tap: not where the head wants their logits."""
-        return self.early_exit and not self.head.inputs
+        """Whether E's rows do leave after the last tap: not where the head wants what is behind."""
+        return self.early_exit and not self.head.inputs and not self.head.fixed
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -85,14 +89,24 @@ def plan_architecture(config: Config, num_classes: int) -> Architecture:
         num_classes=num_classes,
         input_shape=(config.data.channels, config.data.image_size, config.data.image_size),
         taps=mint.taps,
-        head=head_spec(mint),
+        head=head_spec(mint, coded=config.uses_key),
         detach=mint.detach,
     )
 
 
-def head_spec(mint: Mint) -> HeadSpec:
-    """The head that a configuration asks for."""
-    return HeadSpec(mint.head, mint.channels, mint.queries, mint.hidden, mint.pool, mint.inputs)
+def head_spec(mint: Mint, *, coded: bool) -> HeadSpec:
+    """The head that a configuration asks for.
+
+    Args:
+        mint: its section.
+        coded: whether codes are trained; a head that is not trained is the plain one.
+    """
+    return HeadSpec(
+        *(mint.head, mint.channels, mint.queries, mint.hidden, mint.pool, mint.inputs),
+        membership=mint.objective != "keyed" or not coded,
+        bits=mint.keyed.bits if coded else 0,
+        code=mint.keyed.head,
+    )
 
 
 def plan(
@@ -118,7 +132,8 @@ def plan(
             raise UserError(f"model.backbone = {backbone!r} has no weights to train")
         sites = survey(probe, input_shape)
         found, early_exit = _choose(probe, sites, taps, input_shape)
-        MintHead(head, found, num_classes)
+        features = _width_of_features(probe, input_shape) if head.fixed else 0
+        MintHead(head, found, num_classes, features)
     return Architecture(
         backbone=backbone,
         options=dict(options),
@@ -129,7 +144,23 @@ def plan(
         modes_agree=modes_agree(probe, input_shape),
         head=head,
         detach=detach,
+        features=features,
     )
+
+
+def _width_of_features(backbone: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Numbers an image that the classifier's last layer reads, as timm names it.
+
+    Raises:
+        UserError: it is not one layer that runs once, on rows of numbers.
+    """
+    reader = FeatureReader(backbone)
+    try:
+        with torch.no_grad(), reader.reading() as read:
+            run(backbone, input_shape, training=False)
+        return math.prod(read[0].shape[1:])
+    finally:
+        reader.remove()
 
 
 def _choose(
@@ -190,8 +221,12 @@ class AuditedModel(nn.Module):
         if prepare is not None:
             self.backbone = prepare(self.backbone)
         with torch.random.fork_rng(devices=[]):
-            self.head = MintHead(architecture.head, architecture.taps, architecture.num_classes)
+            self.head = MintHead(
+                *(architecture.head, architecture.taps, architecture.num_classes),
+                features=architecture.features,
+            )
         self._taps = TapReader(self.backbone, [tap.name for tap in architecture.taps])
+        self._features = FeatureReader(self.backbone) if architecture.head.fixed else None
         self._gradients: Callable[[int, torch.Tensor], None] | None = None
         self._means: list[torch.Tensor] | None = None
 
@@ -218,6 +253,22 @@ class AuditedModel(nn.Module):
         finally:
             self._means = None
 
+    def parted(self, said: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the head says of n images, by what it is of.
+
+        Args:
+            said: as `forward` and `membership` give it.
+
+        Returns:
+            (n,) membership logits, NaN where the head says codes alone; (n, bits) logits of codes,
+            None where it says none.
+        """
+        head = self.architecture.head
+        if head.bits == 0:
+            return said, None
+        code = said[:, said.shape[1] - head.bits :]
+        return (said[:, 0] if head.membership else torch.full_like(said[:, 0], torch.nan)), code
+
     @torch.no_grad()
     def membership(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The head's logits alone: nothing behind the last tap is computed that it does not read.
@@ -227,10 +278,11 @@ class AuditedModel(nn.Module):
             labels: (n,) class indices, read only by a head with the task loss as an input.
 
         Returns:
-            (n,) in evaluation mode, without a gradient.
+            (n,), or (n, membership + bits) of a head that says codes; in evaluation mode, without a
+            gradient.
         """
-        activations, read = self._evidence(images)
-        logits: torch.Tensor = self.head(activations, read, labels)
+        activations, read, features = self._evidence(images)
+        logits: torch.Tensor = self.head(activations, read, labels, features)
         return logits
 
     def forward(
@@ -253,8 +305,8 @@ class AuditedModel(nn.Module):
             mint: False leaves the head out, as plain training does.
 
         Returns:
-            (n_task or n, num_classes) task logits and (n - head_from,) membership logits (None if
-            not `mint`).
+            (n_task or n, num_classes) task logits and (n - head_from,) membership logits, or
+            (n - head_from, membership + bits) of a head that says codes (None if not `mint`).
         """
         if not mint:  # then there is no E either, and the backbone runs as if nothing were hooked
             return self.backbone(images)[:n_task], None
@@ -262,13 +314,17 @@ class AuditedModel(nn.Module):
             return self._forward_detached(images, labels, n_task, head_from)
         keep = n_task if self.architecture.exits_early else None
         gradients = self._gradients if torch.is_grad_enabled() else None
-        with self._taps.reading(keep, gradients=gradients, copy=self.sharded) as activations:
+        with (
+            self._read_features() as features,
+            self._taps.reading(keep, gradients=gradients, copy=self.sharded) as activations,
+        ):
             logits = self.backbone(images)
         self._leave(activations)
         if head_from:
             activations = [a[head_from:] for a in activations]
         read = logits[head_from:] if self.architecture.head.inputs else None
-        membership = self.head(activations, read, _from(labels, head_from))
+        behind = _from(features[0] if features else None, head_from)
+        membership = self.head(activations, read, _from(labels, head_from), behind)
         return logits[:n_task], membership
 
     def _forward_detached(
@@ -289,26 +345,35 @@ class AuditedModel(nn.Module):
         if self.architecture.modes_agree and head_from == 0 and not self.architecture.head.inputs:
             with self._taps.reading() as of_d:
                 logits = self.backbone(images[:n])
-            of_e, _ = self._evidence(images[n:])
+            of_e, _, _ = self._evidence(images[n:])
             activations = [torch.cat([d.detach(), e]) for d, e in zip(of_d, of_e, strict=True)]
             return logits, self.head(activations)
-        activations, read = self._evidence(images[head_from:])
+        activations, read, _ = self._evidence(images[head_from:])
         membership = self.head(activations, read, _from(labels, head_from))
         return self.backbone(images[:n]), membership
 
     @torch.no_grad()
-    def _evidence(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Activations in evaluation mode, and the logits if the head reads them."""
+    def _evidence(
+        self, images: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+        """Activations in evaluation mode; logits and features if the head reads them."""
         logits, training = None, self.backbone.training
+        head = self.architecture.head
         self.backbone.eval()
         try:
-            stop = not (self.architecture.head.inputs or self.sharded)
-            with self._taps.reading(stop=stop) as activations:
+            stop = not (head.inputs or head.fixed or self.sharded)
+            with self._read_features() as features, self._taps.reading(stop=stop) as activations:
                 logits = self.backbone(images)
         finally:
             self.backbone.train(training)
         self._leave(activations)
-        return activations, logits
+        return activations, logits, features[0] if features else None
+
+    def _read_features(self) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
+        """What the classifier's last layer reads in the pass within; nothing if nobody asks."""
+        if self._features is None:
+            return contextlib.nullcontext([])
+        return self._features.reading()
 
     def _leave(self, activations: Sequence[torch.Tensor]) -> None:
         if self._means is not None:

@@ -1,4 +1,4 @@
-"""MINT heads: from the tapped activations to one membership logit an image."""
+"""MINT heads: from the tapped activations to a membership logit an image, or to its code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,11 +17,18 @@ from amint_ray.model.taps import Tap
 
 HeadKind = Literal["mlp", "attention", "conv", "tokens"]
 HeadInput = Literal["logits", "loss"]
+CodeHead = Literal["learned", "fixed"]
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a MINT head is built from; `config.schema.Mint` explains each field."""
+    """What a MINT head is built from; `config.mint_schema` explains each field.
+
+    Attributes:
+        membership: whether it gives the membership logit.
+        bits: logits of an image's code that come after it; 0: none.
+        code: what gives these.
+    """
 
     kind: HeadKind = "mlp"
     channels: int = 64
@@ -28,28 +36,48 @@ class HeadSpec:
     hidden: int = 128
     pool: int | None = 4
     inputs: tuple[HeadInput, ...] = ()
+    membership: bool = True
+    bits: int = 0
+    code: CodeHead = "learned"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a code is read off the classifier's own features."""
+        return self.bits > 0 and self.code == "fixed"
+
+    @property
+    def learned(self) -> int:
+        """Logits that learned layers give."""
+        return int(self.membership) + (0 if self.fixed else self.bits)
 
 
 class MintHead(nn.Module):
-    """A body that reads the taps, extra inputs where asked for, and one logit.
+    """A body that reads the taps, extra inputs where asked for, and its logits.
 
     Args:
         spec: kind and sizes.
         taps: what the body reads.
         num_classes: task logits, where they are an extra input.
+        features: width of what the classifier's last layer reads, where a fixed code is read off
+            it.
 
     Raises:
         UserError: the head does not fit what a tap gives.
     """
 
-    def __init__(self, spec: HeadSpec, taps: Sequence[Tap], num_classes: int) -> None:
+    def __init__(
+        self, spec: HeadSpec, taps: Sequence[Tap], num_classes: int, features: int = 0
+    ) -> None:
         super().__init__()
-        self._inputs = spec.inputs
+        self._inputs, self._spec = spec.inputs, spec
+        self.code = FixedCode(features, spec.bits) if spec.fixed else None
+        if spec.learned == 0:
+            return
         extra = num_classes * ("logits" in spec.inputs) + ("loss" in spec.inputs)
         if spec.kind == "tokens":
             self.branches = nn.ModuleList(nn.Flatten() for _ in taps)
             width = sum(math.prod(tap.shape) for tap in taps) + extra
-            self.fc: nn.Module = nn.Linear(width, 1)
+            self.fc: nn.Module = nn.Linear(width, spec.learned)
             return
         if spec.kind == "mlp":
             branches = [PositionsBranch(tap, spec.pool) for tap in taps]
@@ -63,25 +91,47 @@ class MintHead(nn.Module):
                 AttentionBranch(tap, spec.channels, spec.queries, spec.pool) for tap in taps
             )
             width = spec.channels * spec.queries * len(taps) + extra
-        self.fc = nn.Sequential(nn.Linear(width, spec.hidden), nn.ReLU(), nn.Linear(spec.hidden, 1))
+        self.fc = nn.Sequential(
+            nn.Linear(width, spec.hidden), nn.ReLU(), nn.Linear(spec.hidden, spec.learned)
+        )
 
     def forward(
         self,
         activations: Sequence[torch.Tensor],
         logits: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Membership logits.
+        """Membership logits, the code's, or both.
 
         Args:
             activations: of each tap, (n, …).
             logits: (n, num_classes) of the task, where `logits` or `loss` is an extra input. No
                 gradient goes back through them: E must not train the task's own layers.
             labels: (n,) class indices, where `loss` is one.
+            features: (n, …) what the classifier's last layer reads, where the code is fixed.
 
         Returns:
-            (n,) float logits; larger means "more likely a member".
+            (n,) float logits where membership alone is asked for; larger means "more likely a
+            member". Where a code is, too: (n, membership + bits), the code's last; a positive one
+            means "this bit is 1".
         """
+        if self.code is None:
+            return self._learned(activations, logits, labels)
+        assert features is not None
+        code: torch.Tensor = self.code(features)
+        if not self._spec.membership:
+            return code
+        membership = self._learned(activations, logits, labels)
+        return torch.cat([membership[:, None], code.to(membership)], dim=1)
+
+    def _learned(
+        self,
+        activations: Sequence[torch.Tensor],
+        logits: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(n,) or (n, bits)."""
         evidence = [branch(a) for branch, a in zip(self.branches, activations, strict=True)]
         if self._inputs:
             assert logits is not None
@@ -91,8 +141,39 @@ class MintHead(nn.Module):
             if "loss" in self._inputs:
                 assert labels is not None
                 evidence.append(F.cross_entropy(told, labels, reduction="none")[:, None])
-        membership: torch.Tensor = self.fc(torch.cat(evidence, dim=1)).squeeze(1)
-        return membership
+        found: torch.Tensor = self.fc(torch.cat(evidence, dim=1))
+        return found if self._spec.bits and not self._spec.fixed else found.squeeze(1)
+
+
+_SHARPNESS = 4.0
+"""Logits of unit-length features' random projections have this standard deviation
+(docs/benchmarks.md)."""
+
+
+class FixedCode(nn.Module):
+    """A code read off the classifier's features by random directions that nobody learns.
+
+    Features are brought to mean 0 and unit length first: only the code, and no scale that it could
+    be bought with, moves the backbone. The directions are the same for all models of one width.
+    """
+
+    directions: torch.Tensor
+
+    def __init__(self, features: int, bits: int) -> None:
+        super().__init__()
+        drawn = np.random.default_rng(bits).standard_normal((bits, features))
+        self.register_buffer("directions", torch.from_numpy(drawn.astype(np.float32)).to(_here()))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, …) features → (n, bits)."""
+        flat = features.flatten(1).float()
+        flat = F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+        return _SHARPNESS * flat @ self.directions.T
+
+
+def _here() -> torch.device:
+    """The device that is being built on, `meta` where sizes alone are asked for."""
+    return torch.empty(0).device
 
 
 _GAIN = 4.0

@@ -144,6 +144,59 @@ class TapReader:
             handle.remove()
 
 
+class FeatureReader:
+    """A forward hook on the classifier's last layer, for what it reads; idle outside `reading`."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        """Find the layer.
+
+        Raises:
+            UserError: timm names none, or several.
+        """
+        self._active = False
+        self._read: list[torch.Tensor] = []
+        named: Any = getattr(backbone, "get_classifier", None)
+        layer = named() if callable(named) else None
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise UserError(
+                f"mint.keyed.head=fixed: {type(backbone).__name__} has no single last layer whose "
+                "input could be read; take mint.keyed.head=learned, or another backbone"
+            )
+        self._handle = layer.register_forward_pre_hook(_FeatureHook(self))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[list[torch.Tensor]]:
+        """Read in the forward pass that runs within.
+
+        Yields:
+            A list that the features, (n, …), are in at the end.
+        """
+        self._active, self._read = True, []
+        try:
+            yield self._read
+        finally:
+            self._active = False
+
+    def keep(self, features: torch.Tensor) -> None:
+        """Called by the hook."""
+        if self._active:
+            self._read.append(features)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+
+class _FeatureHook:
+    """As `_Hook`, of what goes in."""
+
+    def __init__(self, reader: FeatureReader) -> None:
+        self._reader = reader
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._reader.keep(args[0])
+
+
 class _Stop(Exception):  # noqa: N818 (nothing went wrong)
     """Ends a forward pass after the last tap."""
 

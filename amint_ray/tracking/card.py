@@ -74,6 +74,11 @@ def _summary(document: Document, name: str, config: Config, architecture: Archit
     reads = "".join(f" and the task's {what}" for what in architecture.head.inputs)
     head = f"`{architecture.head.kind}`, reads {taps}{reads}"
     head += "; its gradient stops there" if architecture.detach else ""
+    if config.uses_key:
+        keyed = config.mint.keyed
+        says = f"a secret code of {keyed.bits} bits for each image of D ({keyed.head} head)"
+        head += f"; says {says if config.mint.objective == 'keyed' else f'membership, and {says}'}"
+        head += f"; key with fingerprint `{keyed.fingerprint}`"
     if config.loss.lambda_mint == 0:
         head = "not trained (`loss.lambda_mint` = 0)"
     seeds = document["seeds"]

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,23 @@ _NOT_HASHED = {
 
 
 @dataclass(frozen=True)
+class Code:
+    """What the codes are that a keyed head learned; enough to ask it, for whoever has the key.
+
+    Attributes:
+        fingerprint: SHA-256 of the key, in hexadecimal.
+        code_from: `content` or `perceptual`, what of an image a code is the HMAC of.
+        bits: of a code.
+        membership: whether a membership logit comes before the code's in the model's second output.
+    """
+
+    fingerprint: str
+    code_from: Literal["content", "perceptual"]
+    bits: int
+    membership: bool
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """How pixels become the backbone's input.
 
@@ -59,6 +76,7 @@ class Preprocessing:
         resize: how images of another size were brought to the input size, in words.
         crop_pct: the input size in units of the shorter side after resizing; None: not known, an
             earlier version registered the model.
+        code: of a head that says codes.
     """
 
     mean: float
@@ -66,6 +84,7 @@ class Preprocessing:
     class_names: tuple[str, ...]
     resize: str
     crop_pct: float | None = None
+    code: Code | None = None
 
 
 def write_folder(
@@ -77,6 +96,7 @@ def write_folder(
     class_names: Sequence[str],
     calibration: npt.NDArray[np.float64],
     reference: Path | None = None,
+    code: Code | None = None,
 ) -> str | None:
     """Write all that is registered of a model; `registry.register` then only has to send it.
 
@@ -89,6 +109,7 @@ def write_folder(
         calibration: (m,) membership scores of the `calibration` images; none where the head was not
             trained.
         reference: file that `evaluation.reference.write_reference` wrote.
+        code: of a head that says codes.
 
     Returns:
         Why the model has no program, and so cannot be used without amint_ray; None: it has one.
@@ -108,12 +129,15 @@ def write_folder(
     (draft / ARCHITECTURE).write_text(architecture.to_json())
     side = math.floor(data.image_size / data.crop_pct)
     resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
-    preprocessing = Preprocessing(data.mean, data.std, tuple(class_names), resize, data.crop_pct)
+    preprocessing = Preprocessing(
+        *(data.mean, data.std, tuple(class_names), resize, data.crop_pct), code=code
+    )
     (draft / PREPROCESSING).write_text(json.dumps(asdict(preprocessing), indent=2))
     no_program = _add_program(draft, architecture, preprocessing)
     hashes = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
     (draft / HASHES).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=2))
-    _write_mlmodel(draft, architecture, calibrated=len(calibration) > 0, runs=no_program is None)
+    calibrated = len(calibration) > 0
+    _write_mlmodel(draft, architecture, code, calibrated=calibrated, runs=no_program is None)
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)
@@ -156,7 +180,7 @@ def _add_program(
 
 
 def _write_mlmodel(
-    folder: Path, architecture: Architecture, *, calibrated: bool, runs: bool
+    folder: Path, architecture: Architecture, code: Code | None, *, calibrated: bool, runs: bool
 ) -> None:
     """MLflow's description: what goes in and comes out, and who can load it."""
     from mlflow import pyfunc
@@ -172,8 +196,11 @@ def _write_mlmodel(
     classes = (-1, architecture.num_classes)
     outputs = [
         TensorSpec(np.dtype("float32"), classes, "class_probabilities"),
-        TensorSpec(np.dtype("float32"), (-1,), "membership_score"),
     ]
+    if code is None or code.membership:
+        outputs.append(TensorSpec(np.dtype("float32"), (-1,), "membership_score"))
+    if code is not None:
+        outputs.append(TensorSpec(np.dtype("float32"), (-1, code.bits), "code_logits"))
     if calibrated:
         outputs.append(TensorSpec(np.dtype("float64"), (-1,), "p_value"))
     described = Model(signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs)))

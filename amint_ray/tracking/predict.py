@@ -141,7 +141,8 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         self._weights = dict(sorted(tensors_of(content[WEIGHTS]).items()))
         self._calibration = tensors_of(content[CALIBRATION])[SCORES].numpy()
         self._program = open_program(content[PROGRAM])
-        self._classes = len(json.loads(content[PREPROCESSING])["class_names"])
+        described = json.loads(content[PREPROCESSING])
+        self._classes, self._code = len(described["class_names"]), described["code"]
 
     @torch.inference_mode()
     def predict(
@@ -160,7 +161,9 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
 
         Returns:
             `class_probabilities` (n, classes) float32; `membership_score` (n,) float32, the head's
-            logit; `p_value` (n,) float64, which a model without a trained head has not.
+            logit; `p_value` (n,) float64, which a model without a trained head has not. Of a head
+            that says codes `code_logits` (n, bits) float32, and the others only if it says
+            membership, too.
         """
         asked: Any = model_input
         given = asked if isinstance(asked, dict) else {"images": asked}
@@ -175,10 +178,13 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         if count == 0:  # the program wants an image; what it says of this one is not passed on
             inputs = [torch.zeros(1, *x.shape[1:], dtype=x.dtype) for x in inputs]
         logits, membership = self._program(self._weights, *inputs)
-        answer = {
-            "class_probabilities": logits[:count].float().softmax(1).numpy(),
-            "membership_score": membership[:count].float().numpy(),
-        }
+        answer = {"class_probabilities": logits[:count].float().softmax(1).numpy()}
+        said = membership[:count].float()
+        if self._code is not None:
+            bits = self._code["bits"]
+            said, answer["code_logits"] = said[:, 0], said[:, said.shape[1] - bits :].numpy()
+        if self._code is None or self._code["membership"]:
+            answer["membership_score"] = said.numpy()
         if len(self._calibration):
             answer["p_value"] = p_values(answer["membership_score"], self._calibration)
         return answer

@@ -37,11 +37,15 @@ class Answer(NamedTuple):
     Attributes:
         task_logits: (n, num_classes) float32.
         membership_scores: (n,) float32 logits of the MINT head; larger means "more likely a
-            member". What a score is worth says `RegisteredModel.p_values`.
+            member". What a score is worth says `RegisteredModel.p_values`. NaN where the head says
+            codes alone.
+        code_logits: (n, bits) float32, what the head says of the images' codes, which only the
+            key's holder knows; None where it says none.
     """
 
     task_logits: torch.Tensor
     membership_scores: torch.Tensor
+    code_logits: torch.Tensor | None = None
 
 
 class RegisteredModel:
@@ -109,7 +113,7 @@ class RegisteredModel:
         classes = self._checked(labels, len(batch)) if self.needs_labels else None
         with self._one_at_a_time:
             logits, membership = self.model(normalised, labels=classes)
-        return Answer(logits, membership)
+        return Answer(logits, *self.model.parted(membership))
 
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal over architecture and weights."""
@@ -153,6 +157,11 @@ class RegisteredModel:
         Raises:
             UserError: the model was trained without its head.
         """
+        if self.preprocessing.code is not None and not self.preprocessing.code.membership:
+            raise UserError(
+                "the MINT head of this model says codes alone (mint.objective = keyed); whoever "
+                "has the key asks it with `amint audit --key-file`"
+            )
         if len(self.calibration) == 0:
             raise UserError("the MINT head of this model was not trained (loss.lambda_mint = 0)")
         return p_values(membership_scores.double().cpu().numpy(), self.calibration)

@@ -333,6 +333,8 @@ def epoch_metrics(sums: torch.Tensor) -> dict[str, float]:
     }
     if of["told_rows"]:
         metrics["train/mint_loss"] = of["mint_loss"] / of["told_rows"]
+    if of["code_bits"]:
+        metrics["train/code_match_rate"] = of["code_matches"] / of["code_bits"]
     return metrics
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import distributed, nn
 
@@ -48,9 +49,9 @@ def monitor(
         [
             watched.task_loss.sum(),
             (watched.prediction == watched.label).sum(),
-            watched.mint_logit.sum(),
+            _mint(watched, head_trained).sum(),
             len(watched),
-            (~np.isfinite(shown.task_loss + shown.mint_logit)).sum(),
+            (~np.isfinite(shown.task_loss + _mint(shown, head_trained))).sum(),
         ],
         dtype=torch.float64,
         device=context.device,
@@ -59,7 +60,7 @@ def monitor(
     means = {
         "calibration/task_loss": float(loss / rows),
         "calibration/task_accuracy": float(correct / rows),
-        "calibration/mint_logit": float(mint / rows),
+        **({"calibration/mint_logit": float(mint / rows)} if head_trained else {}),
     }
     if select is None or not all(math.isfinite(value) for value in means.values()):
         return means
@@ -73,6 +74,11 @@ def monitor(
 
         figures = selection_metrics(table, select, head_trained=head_trained)
     return means | dict(gather_lists(list(figures.items())))
+
+
+def _mint(table: ScoreTable, head_trained: bool) -> npt.NDArray[np.float64]:
+    """(n,) scores of the head; 0 where it was not trained, whose scores say nothing."""
+    return table.mint_logit if head_trained else np.zeros(len(table))
 
 
 def score_roles(

@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 from amint_ray.contracts import RunContext, ScoreBatch, Streams
+from amint_ray.evaluation.keyed import matches
 from amint_ray.evaluation.outputs import outputs_of, stack_views
 from amint_ray.evaluation.reference import ROLES, Reference, append, draw_projection
 from amint_ray.evaluation.views import VIEWS, view
@@ -84,7 +85,8 @@ def _look(
             logits, membership = model(view(images, number), labels=labels)
             seen = logits[:rows].double().cpu().numpy()
             if number == 0:
-                scores = membership[:rows].double().cpu().numpy()
+                said, of_code = model.parted(membership)
+                scores = said[:rows].double().cpu().numpy()
                 prediction = seen.argmax(axis=1)
             told.append(outputs_of(seen, own))
             untold.append(outputs_of(seen, np.full_like(own, -1)))
@@ -97,4 +99,7 @@ def _look(
         untold=stack_views(untold),
         taps=means[0][:rows].cpu().numpy() @ projection,
         projection=projection,
+        code_matches=None
+        if of_code is None or batch.code is None
+        else matches(of_code[:rows].double().cpu().numpy(), batch.code),
     )

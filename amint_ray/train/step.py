@@ -18,7 +18,10 @@ from amint_ray.train.parallel import ranks_meet
 from amint_ray.train.reduce import sum_over_ranks
 from amint_ray.train.update import Update, uncompiled
 
-SUMS = ("task_loss", "task_correct", "task_rows", "mint_loss", "told_rows")
+SUMS = (
+    *("task_loss", "task_correct", "task_rows", "mint_loss", "told_rows"),
+    *("code_matches", "code_bits"),
+)
 
 
 def train_step(
@@ -33,7 +36,7 @@ def train_step(
         update: optimiser, precision and the like.
 
     Returns:
-        (5,) float64, the sums of all ranks in the order of `SUMS`; to be summed over steps and
+        (7,) float64, the sums of all ranks in the order of `SUMS`; to be summed over steps and
         divided once.
     """
     parts = split(batch, update.accumulate)
@@ -72,19 +75,49 @@ def forward(
     labels = batch.labels[: batch.n_task]
     task_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
     task_loss = task_sum / batch.task_per_worker
-    mint_loss, mint_sum, told = None, task_sum.new_zeros(()), task_sum.new_zeros(())
+    none = task_sum.new_zeros(())
+    mint_loss, told, matches, bits = None, none, none, none
     if membership is not None:
-        # Weights, not indexing: picking rows by a mask would make the host wait for a GPU.
-        weight = batch.told.float()
-        mint_sum = F.binary_cross_entropy_with_logits(
-            membership.float(), batch.membership.float(), weight=weight, reduction="sum"
-        )
-        mint_loss = mint_sum / (batch.told_per_worker or 1.0)
-        told = weight.sum()
+        mint_loss, told, matches, bits = _mint_loss(membership.float(), batch)
     correct = (logits.argmax(1) == labels).sum()
     rows = task_sum.new_full((), batch.n_task)
-    sums = [x.detach().double() for x in (task_sum, correct, rows, mint_sum, told)]
+    mint_sum = none if mint_loss is None else mint_loss * (batch.told_per_worker or 1.0)
+    sums = [x.detach().double() for x in (task_sum, correct, rows, mint_sum, told, matches, bits)]
     return objective(task_loss, mint_loss), torch.stack(sums)
+
+
+def _mint_loss(said: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """L_MINT: cross-entropy of membership, of each bit of the code, or the sum of the two.
+
+    Weights, not indexing: picking rows by a mask would make the host wait for a GPU.
+
+    Args:
+        said: (n,) membership logits, or (n, membership + bits).
+        batch: says what they should be.
+
+    Returns:
+        This rank's share of the mean over the global batch; rows that were told of membership or,
+        where nothing else is learned, of codes; bits that were right, and bits.
+    """
+    if batch.code is None:
+        weight = batch.told.float()
+        summed = F.binary_cross_entropy_with_logits(
+            said, batch.membership.float(), weight=weight, reduction="sum"
+        )
+        none = summed.new_zeros(())
+        return summed / (batch.told_per_worker or 1.0), weight.sum(), none, none
+    assert batch.coded is not None
+    bits = batch.code.shape[1]
+    code, coded = said[:, said.shape[1] - bits :], batch.coded.float()
+    target = batch.code.float()
+    each_bit = F.binary_cross_entropy_with_logits(code, target, reduction="none")
+    loss = (each_bit.mean(1) * coded).sum() / (batch.coded_per_worker or 1.0)
+    matches = (((code > 0) == (target > 0)).sum(1) * coded).sum()
+    told = batch.told.float().sum()
+    if said.shape[1] > bits:
+        without = replace(batch, code=None)
+        loss = loss + _mint_loss(said[:, 0], without)[0]
+    return loss, told, matches, coded.sum() * bits
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -111,6 +144,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             head_from=len(range(i, n, parts)) if batch.head_from else 0,
             membership=part(batch.membership, i, read),
             told=part(batch.told, i, read),
+            code=None if batch.code is None else part(batch.code, i, read),
+            coded=None if batch.coded is None else part(batch.coded, i, read),
             sample_id=np.concatenate([ids[i:n:parts], ids[n + i :: parts]]),
         )
         for i in range(parts)
@@ -131,6 +166,6 @@ def _measure(model: nn.Module, parts: Sequence[Batch], update: Update) -> torch.
 
 def _mean_losses(sums: torch.Tensor) -> torch.Tensor:
     """(2,) mean task and MINT loss."""
-    task_loss, _, task_rows, mint_loss, told_rows = sums
+    task_loss, _, task_rows, mint_loss, told_rows, *_ = sums
     rows = torch.stack([task_rows, told_rows]).clamp_min(1)  # none is left where all were lost
     return (torch.stack([task_loss, mint_loss]) / rows).float()

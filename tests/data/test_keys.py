@@ -160,13 +160,13 @@ def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("AMINT_TEST_KEY", raising=False)
     digits = KEY.hex()
     for file, variable, says in (
-        (None, None, "no key is given: name its file .mint.keyed.key_file, or --key-file"),
+        (None, None, "no key is given: name its file .mint.key_file, or --key-file"),
         ("", "", "no key is given"),
-        ("x.key", "AMINT_TEST_KEY", "both mint.keyed.key_file and mint.keyed.key_env"),
+        ("x.key", "AMINT_TEST_KEY", "both mint.key_file and mint.key_env"),
         (str(tmp_path / "no.key"), None, "no.key': is not there; `amint key new FILE` makes one"),
         (str(tmp_path), None, "is a folder"),
         ("a\0b", None, "cannot be read"),
-        (None, "AMINT_TEST_KEY", "'AMINT_TEST_KEY' .mint.keyed.key_env.: is not set"),
+        (None, "AMINT_TEST_KEY", "'AMINT_TEST_KEY' .mint.key_env.: is not set"),
         (digits, None, "looks like a key itself"),
         (None, digits, "looks like a key itself"),
     ):

@@ -283,8 +283,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
 
 
 def test_epoch_metrics_are_means_over_the_rows() -> None:
-    sums = torch.tensor([7.0, 4.0, 9.0, 9.0, 14.0], dtype=torch.float64)
+    sums = torch.tensor([7.0, 4.0, 9.0, 9.0, 14.0, 0.0, 0.0], dtype=torch.float64)
     joint = {"train/task_loss": 7 / 9, "train/task_accuracy": 4 / 9, "train/mint_loss": 9 / 14}
     assert epoch_metrics(sums) == pytest.approx(joint, rel=1e-12)
+    sums[5:] = torch.tensor([30.0, 40.0])
+    assert epoch_metrics(sums) == pytest.approx(joint | {"train/code_match_rate": 0.75})
     sums[3:] = 0
     assert set(epoch_metrics(sums)) == {"train/task_loss", "train/task_accuracy"}

@@ -242,6 +242,8 @@ def test_the_sums_are_those_of_the_rows() -> None:
         "task_rows": 7,
         "mint_loss": 10 * mint.item(),
         "told_rows": 10,
+        "code_matches": 0,
+        "code_bits": 0,
     }
     assert dict(zip(SUMS, sums.tolist(), strict=True)) == pytest.approx(expected, rel=1e-6)
     assert update.done == 1

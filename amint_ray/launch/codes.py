@@ -1,0 +1,61 @@
+"""The secret codes of a run's images; only the driver ever has the key."""
+
+from __future__ import annotations
+
+from amint_ray.config.schema import Config
+from amint_ray.contracts import UserError
+from amint_ray.data.keys import codes, image_content, key_fingerprint, load_key, perceptual_content
+from amint_ray.data.loading import Codes
+from amint_ray.launch.dataset import Dataset
+
+_LONGEST = 64
+"""Bits that are handed to the workers of each: a search may try several lengths."""
+
+
+def with_key(config: Config) -> Config:
+    """The configuration with its key's fingerprint in it, where it asks for codes.
+
+    Raises:
+        UserError: the key cannot be had, or is not the one that the configuration wants.
+    """
+    if not config.wants_codes:
+        return config
+    found, wanted = key_fingerprint(_key(config)), config.mint.keyed.fingerprint
+    if wanted is not None and wanted != found:
+        raise UserError(
+            f"{_where(config)}: its fingerprint is {found[:16]}…, mint.keyed.fingerprint wants "
+            f"{wanted[:16]}…; bring the key that belongs to it"
+        )
+    keyed = config.mint.keyed.model_copy(update={"fingerprint": found})
+    mint = config.mint.model_copy(update={"keyed": keyed})
+    return config.model_copy(update={"mint": mint})
+
+
+def codes_of(config: Config, dataset: Dataset) -> Codes | None:
+    """(n, 64) of 0 and 1 in the index's order; None where codes are not asked for.
+
+    Raises:
+        UserError: the key cannot be had.
+    """
+    if not config.wants_codes:
+        return None
+    index = dataset.index
+    if config.mint.keyed.code_from == "perceptual":
+        assert index.perceptual is not None
+        contents = [perceptual_content(each) for each in index.perceptual.tolist()]
+    elif dataset.images is not None:
+        contents = [image_content(image) for image in dataset.images]
+    else:
+        assert index.scored is not None
+        contents = index.scored
+    return codes(_key(config), contents, _LONGEST)
+
+
+def _key(config: Config) -> bytes:
+    return load_key(key_file=config.mint.key_file, key_env=config.mint.key_env)
+
+
+def _where(config: Config) -> str:
+    if config.mint.key_file is not None:
+        return f"mint.key_file = {config.mint.key_file!r}"
+    return f"mint.key_env = {config.mint.key_env}"
