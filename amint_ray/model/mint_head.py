@@ -166,7 +166,7 @@ class FixedCode(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(n, …) features → (n, bits)."""
-        flat = features.flatten(1).float()
+        flat = features.flatten(1).to(self.directions.dtype)
         flat = F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
         return _SHARPNESS * flat @ self.directions.T
 
