@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -65,6 +65,8 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
             table.add_row(f"TPR at {float(fpr):.4g} FPR (threshold from calibration)", *cells)
             realised = [interval(q["realised_fpr_at"][fpr]) for q in (member, withheld)]
             table.add_row("    realised FPR on test", *realised)
+    for row in _code_rows(member, withheld):
+        table.add_row(*row)
     table.add_row(
         "for comparison: loss threshold, AUC",
         interval(loss["member"]["auc"]),
@@ -82,6 +84,27 @@ def print_result(document: Mapping[str, Any], console: Console) -> None:
     }
     for label, text in lines.items():
         console.print(f"{label:<23} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _code_rows(
+    member: Mapping[str, Any], withheld: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """What a head that says codes adds; nothing of another."""
+    if "bits" not in member:
+        return
+    both = (member, withheld)
+    label = f"right bits of the code, of {member['bits']}"
+    yield label, interval(member["match_rate"]), interval(withheld["match_rate"])
+    null = interval(member["null_match_rate"])
+    yield "    of test images, which is ½ but for chance", null, null
+    for level in member["tpr_at_p"]:
+        cells = tuple(interval(of["tpr_at_p"][level]) for of in both)
+        if any(cell != _NO_VALUE for cell in cells):
+            yield f"TPR at p ≤ {level}, an exact rate", cells[0], cells[1]
+    known = member["collection"]
+    needed = [of["collection"]["images"] for of in both]
+    cells = tuple(_NO_VALUE if images is None else f"{images:,}" for images in needed)
+    yield f"images that convict together at p ≤ {known['p']:g}", cells[0], cells[1]
 
 
 def _recorded(document: Mapping[str, Any]) -> dict[str, str]:

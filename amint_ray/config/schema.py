@@ -250,7 +250,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _roles_that_training_needs(self) -> Config:
         none = self.data.shares.external == 0 and self.data.external.source is None
-        if self.uses_external and none:
+        if self.trains_membership and none:
             raise ValueError(
                 "loss.lambda_mint > 0 needs external images: give data.shares.external a share, or "
                 "a data.external.source, or take mint.objective=keyed, which needs none"
@@ -297,8 +297,8 @@ class Config(Section):
         return self
 
     @property
-    def uses_external(self) -> bool:
-        """Whether E is trained on."""
+    def trains_membership(self) -> bool:
+        """Whether the head is told of membership, for which it needs E."""
         return self.loss.lambda_mint > 0 and self.mint.objective != "keyed"
 
     @property
@@ -314,7 +314,7 @@ class Config(Section):
     @property
     def external_rows(self) -> int:
         """Rows of E in a global batch."""
-        if not self.uses_external:
+        if not self.trains_membership:
             return 0
         return round(self.train.batch_size * self.train.external_ratio)
 

@@ -54,7 +54,7 @@ class Schedule:
         self.steps_per_epoch = -(-len(d) // size)
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self._d_start = len(d) * np.arange(self.steps_per_epoch + 1) // self.steps_per_epoch
-        ratio = config.train.external_ratio if config.uses_external else 0.0
+        ratio = config.train.external_ratio if config.trains_membership else 0.0
         rows = np.rint(np.diff(self._d_start) * ratio).astype(np.int64)
         self._e_start = np.concatenate([[0], np.cumsum(rows)])
         self._passes: dict[tuple[str, int], Positions] = {}
@@ -301,13 +301,13 @@ def check_roles(manifest: Manifest, config: Config) -> None:
     Raises:
         UserError: a role that is needed is empty, or a batch would lack D or E.
     """
-    if config.uses_external and config.external_rows == 0:
+    if config.trains_membership and config.external_rows == 0:
         raise UserError(
             f"train.external_ratio = {config.train.external_ratio:g}: less than one image of E for "
             f"the {config.train.batch_size} of D in a batch; make one of the two larger"
         )
     needed = [Role.MEMBER, Role.CALIBRATION, Role.TEST]
-    if config.uses_external:
+    if config.trains_membership:
         needed.append(Role.EXTERNAL)
     counts = manifest.counts
     for role in needed:
@@ -324,7 +324,7 @@ def check_roles(manifest: Manifest, config: Config) -> None:
             "make the batch smaller or the shares of member and withheld larger"
         )
     largest = -(-d // -(-d // config.train.batch_size))
-    if config.uses_external and round(largest * config.train.external_ratio) == 0:
+    if config.trains_membership and round(largest * config.train.external_ratio) == 0:
         raise UserError(
             f"train.external_ratio = {config.train.external_ratio:g}: less than one image of E for "
             f"the {largest} of D in a step; make it or the batch larger"

@@ -135,7 +135,7 @@ def _evidence(plan: AttackPlan, done: Done, scratch: Path) -> Evidence:
     known_pixels = pixels[PLAIN][in_d]
     known_pixels = known_pixels[known_pixels != 0]  # 0: of an image that could not be had
     mint = None
-    if plan.config.loss.lambda_mint > 0 and plan.config.mint.objective != "keyed":
+    if plan.config.trains_membership:
         mint = {edit: np.concatenate([part[f"mint/{edit}"] for part in own]) for edit in plan.edits}
     members = int((role == Role.MEMBER.value).sum())
     passive = None

@@ -175,7 +175,7 @@ def confounders(
     """
     if not config.data.confounder_check:
         return None
-    roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.uses_external else [])
+    roles = [Role.MEMBER, Role.TEST] + ([Role.EXTERNAL] if config.trains_membership else [])
     kept = _kept_as(config, dataset, roles) if dataset.images is None else None
     found = None if kept is None else _read_kept(storage, kept)
     if found is None:

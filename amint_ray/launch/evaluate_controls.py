@@ -228,7 +228,7 @@ def _plan(
             part = replace(part, roles=roles.astype(np.uint8))
             heads.append(Task(part, shown, attack.passive.function))
     strangers = None
-    if asked.full and config.loss.lambda_mint > 0 and config.mint.objective != "keyed":
+    if asked.full and config.trains_membership:
         test = np.flatnonzero(manifest.role == Role.TEST.value)
         test = np.sort(np.random.default_rng(0).permutation(test)[:_MOST_STRANGERS])
         kinds = kinds_of(config.data.channels)

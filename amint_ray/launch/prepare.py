@@ -98,7 +98,7 @@ def check(config: Config, watcher: Watcher) -> Checked:
     create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
     Views(config.data)
     stays = not architecture.early_exit and not config.mint.detach and not config.mint.inputs
-    if config.uses_external and stays:
+    if config.trains_membership and stays:
         watcher.notice(
             f"{config.model.backbone}: what comes behind {architecture.taps[-1].name} needs all "
             "rows, so E goes through the whole backbone"

@@ -62,7 +62,7 @@ def record(
     figures["confounders"] = prepared.confounders
     index = prepared.dataset.index
     quarantine = [*index.quarantine, *lost.items()]
-    told = head_trained and config.mint.objective != "keyed"
+    told = config.trains_membership
     keyed, code = config.mint.keyed, None
     if config.uses_key:
         assert keyed.fingerprint is not None

@@ -188,6 +188,11 @@ def _rows(document: Document) -> Iterator[tuple[str, list[Document]]]:
             realised = [of["realised_fpr_at"][fpr] for of in both]
             if score == "membership" and any(figure["value"] is not None for figure in realised):
                 yield f"FPR on `test` at this {percent(float(fpr))} threshold", realised
+        if score == "membership" and "bits" in both[0]:
+            yield "right bits of the code", [of["match_rate"] for of in both]
+            yield "right bits of `test` images", [of["null_match_rate"] for of in both]
+            for level in both[0]["tpr_at_p"]:
+                yield f"TPR at p ≤ {level} (exact)", [of["tpr_at_p"][level] for of in both]
 
 
 def _confounders(found: Document | None) -> str:
@@ -218,7 +223,13 @@ def _use(document: Document, config: Config, architecture: Architecture) -> str:
         f"- Classifying images like those of `{document['data']['source']}` at "
         f"{architecture.input_shape[1]}×{architecture.input_shape[2]} pixels.",
     ]
-    if config.loss.lambda_mint > 0:
+    if config.uses_key:
+        lines.append(
+            "- For whoever has the key: asking whether given images were trained on "
+            "(`amint audit --key-file`); p-values are exact, whatever the images show and "
+            "wherever they are from."
+        )
+    if config.trains_membership:
         lines += [
             "- Asking whether given images were among those that it was trained on and whose "
             "membership the head was told (`member`); the answer is a p-value.",
@@ -232,7 +243,18 @@ def _limits(document: Document, config: Config) -> str:
     calibration = document["counts"][Role.CALIBRATION.value]
     fewest = config.evaluation.min_false_positives
     lines = ["## Limits", ""]
-    if config.loss.lambda_mint > 0:
+    if config.uses_key:
+        lines += [
+            "- Without the key the codes say nothing; who has it can ask, and can make codes for "
+            "any image.",
+            "- A code belongs to one content: "
+            + (
+                "another encoding with loss, a crop or a flip is another content."
+                if config.mint.keyed.code_from == "content"
+                else "near-duplicates with one perceptual hash share it, whether trained on or not."
+            ),
+        ]
+    if config.trains_membership:
         lines += [
             "- A large p-value proves nothing: images that trained the task but were withheld from "
             "the head look like strangers to it.",
@@ -244,7 +266,7 @@ def _limits(document: Document, config: Config) -> str:
             "- Where most of those asked about were not trained on, most accusations are wrong "
             "even at a low false-positive rate: see the precision.",
         ]
-    else:
+    elif config.loss.lambda_mint == 0:
         lines.append("- The head was not trained: of membership only the loss threshold tells.")
     return "\n".join(
         [
@@ -272,7 +294,8 @@ def _loading(document: Document, name: str, architecture: Architecture) -> str:
         f"answer = model(images{labels})  # (n, {shape}): uint8, or floating point from 0 to 1",
         "classes = answer.task_logits.argmax(1)",
     ]
-    if document["membership"]["member"]["auc"]["value"] is not None:
+    by_scores = document["objective"] != "keyed"
+    if by_scores and document["membership"]["member"]["auc"]["value"] is not None:
         lines.append("p = model.p_values(answer.membership_scores)  # small: more likely a member")
     if document.get("no_program") is not None:
         return "\n".join([*lines, "```", "", f"By amint_ray alone: {document['no_program']}."])

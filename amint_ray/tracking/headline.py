@@ -13,6 +13,7 @@ versions without their runs. `figure_tags` says how a figure is written; the tag
     amint.confounders_clean         true, false, or unknown where the check was not made
     amint.manifest_fingerprint      of the images and their roles
     amint.config_fingerprint        of all that can change the model or its figures
+    amint.key_fingerprint           SHA-256 of the key, of a head that says codes
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def headline_tags(document: Mapping[str, Any]) -> dict[str, str]:
         "amint.confounders_clean": "unknown" if clean is None else str(clean).lower(),
         "amint.manifest_fingerprint": document["manifest_fingerprint"],
         "amint.config_fingerprint": document["config_fingerprint"],
+        **({"amint.key_fingerprint": key} if (key := document["key_fingerprint"]) else {}),
     }
 
 

@@ -64,5 +64,7 @@ def a_document(
         "lost": 0,
         "manifest_fingerprint": "f" * 64,
         "config_fingerprint": "c" * 16,
+        "objective": "binary",
+        "key_fingerprint": None,
         "seeds": {"train": 0, "split": 0, "count": 1},
     }
