@@ -118,12 +118,13 @@ def to_yaml(config: Config) -> str:
 def fingerprint(config: Config) -> str:
     """16 hex digits over everything that can change the trained model or its figures.
 
-    Where the data lie and where the run is computed and recorded is left out.
+    Where data and key lie and where the run is computed and recorded is left out.
     """
     elsewhere = {"cluster": True, "storage": True, "tracking": True}
     reading = {"path", "memory_gib", "readers", "timeout_seconds"}
     data = dict.fromkeys(reading, True) | {"external": {"path"}}
-    values = config.model_dump(mode="json", exclude={**elsewhere, "data": data})
+    named = {"key_file", "key_env"}
+    values = config.model_dump(mode="json", exclude={**elsewhere, "data": data, "mint": named})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -136,6 +137,8 @@ HARMLESS = (
     "data.readers",
     "data.timeout_seconds",
     "evaluation",
+    "mint.key_env",
+    "mint.key_file",
     "train.checkpoint_every",
     "train.checkpoint_steps",
 )

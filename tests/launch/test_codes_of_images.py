@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from amint_ray.config.data_schema import Data
-from amint_ray.config.load import load_config
+from amint_ray.config.load import fingerprint, load_config, training_fingerprint
 from amint_ray.contracts import UserError
 from amint_ray.data.images import decode, perceptual_hash
 from amint_ray.data.index import index_here
@@ -172,6 +172,14 @@ def test_the_key_belongs_to_the_configuration(
     monkeypatch.setenv("AUDIT_KEY", other.hex())
     by_name = load_config("digits", ["mint.objective=both", "mint.key_env=AUDIT_KEY"])
     assert with_key(by_name).mint.keyed.fingerprint == key_fingerprint(other)
+    assert training_fingerprint(with_key(by_name)) != training_fingerprint(config)
+    (tmp_path / "moved").write_text((tmp_path / "key").read_text())
+    moved = load_config("digits", [settings[0], f"mint.key_file={tmp_path / 'moved'}"])
+    assert training_fingerprint(with_key(moved)) == training_fingerprint(config)
+    assert fingerprint(with_key(moved)) == fingerprint(config)
+    another = load_config("digits", [settings[0], "mint.key_env=AUDIT_KEY"])
+    assert training_fingerprint(with_key(another)) != training_fingerprint(config)
+    assert fingerprint(with_key(another)) != fingerprint(config)
     plain = load_config("digits", [*settings, "loss.lambda_mint=0"])
     assert with_key(plain).mint.keyed.fingerprint == key_fingerprint(key)
     assert not plain.uses_key
