@@ -10,6 +10,7 @@ from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
 from amint_ray.contracts import UserError, Watcher
 from amint_ray.launch.cluster import address_of, local_cores
+from amint_ray.launch.codes import with_key
 from amint_ray.launch.ledger import Ledger
 from amint_ray.launch.room import Machine, plan_workers, trials_at_a_time
 from amint_ray.launch.search_folder import earlier_search, reading
@@ -31,13 +32,14 @@ def show_plan(search: Search, watcher: Watcher, *, new: bool = False) -> dict[st
         joined has room for).
 
     Raises:
-        UserError: a value of the space gives no model, there are no images where they should be,
-            `storage.path` cannot be written to, or what is kept there is another search or damaged.
+        UserError: a value of the space gives no model, there are no images, or no key, where they
+            should be, `storage.path` cannot be written to, or what is kept there is another search or damaged.
         RunError: storage does not answer.
     """
     storage = locate(search.base.storage.path, "storage.path")
     check_access(storage, "storage.path")
     _check_paths(search.base)
+    with_key(search.base)
     if not new:
         _tell_of_earlier(search, storage, watcher)
     plan = plan_search(search, watcher)

@@ -16,7 +16,6 @@ from amint_ray.contracts import SearchWatcher, UserError
 from amint_ray.data.loading import smallest_step
 from amint_ray.launch.children import Children, Where
 from amint_ray.launch.cluster import address_of, connect, job_tags
-from amint_ray.launch.codes import with_key
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.ledger import Ledger, TrialRecord, check_outcome
 from amint_ray.launch.prepare import (
@@ -139,7 +138,7 @@ def _carry_out(
         UserError: a mistake of the user's, or another driver began at the same time.
         RunError: all trials failed, or the plain model did.
     """
-    config, source = find_source(with_key(plan.base), watcher)
+    config, source = find_source(plan.base, watcher)
     dataset = None
     if config.data.mode == "memory":
         dataset = load_here(config, source, watcher)
