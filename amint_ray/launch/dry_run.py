@@ -33,7 +33,8 @@ def show_plan(search: Search, watcher: Watcher, *, new: bool = False) -> dict[st
 
     Raises:
         UserError: a value of the space gives no model, there are no images, or no key, where they
-            should be, `storage.path` cannot be written to, or what is kept there is another search or damaged.
+            should be, `storage.path` cannot be written to, or what is kept there is another search
+            or damaged.
         RunError: storage does not answer.
     """
     storage = locate(search.base.storage.path, "storage.path")
