@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,41 +143,48 @@ class Examiner:
         return rows
 
     def _batches(self, shards: Sequence[int]) -> Iterator[_Read]:
-        """The shards' images in batches; the next is read while the model looks at one."""
-        size = self._asked.batch_size
-        pieces = [
-            (shard, first, min(first + size, self._asked.found.source.shards[shard].rows))
-            for shard in shards
-            for first in range(0, self._asked.found.source.shards[shard].rows, size)
-        ]
-        ahead: list[Future[_Read]] = []
-        for piece in pieces:
-            ahead.append(self._pool.submit(self._read, *piece))
-            if len(ahead) > _DECODERS:
-                yield ahead.pop(0).result()
-        for waiting in ahead:
-            yield waiting.result()
+        """The shards' images in batches; the next are decoded while the model looks at one.
 
-    def _read(self, shard: int, first: int, end: int) -> _Read:
-        """Some rows of a shard, decoded and brought to the model's size.
+        A shard is read once, as a whole: of Parquet no less than a row group can be read.
+        """
+        ahead: deque[Future[_Read]] = deque()
+        following = self._pool.submit(self._fetch, shards[0])
+        for place, shard in enumerate(shards):
+            names, labels, stored = following.result()
+            if place + 1 < len(shards):
+                following = self._pool.submit(self._fetch, shards[place + 1])
+            for first in range(0, len(names), self._asked.batch_size):
+                rows = range(first, min(first + self._asked.batch_size, len(names)))
+                some = slice(first, rows.stop)
+                read = _Read(
+                    names=names[some],
+                    shard=np.full(len(rows), shard, np.int32),
+                    row=np.arange(first, rows.stop, dtype=np.int32),
+                    label=labels[some],
+                )
+                ahead.append(self._pool.submit(self._decode, read, stored[some]))
+                if len(ahead) > _DECODERS:
+                    yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _fetch(self, shard: int) -> tuple[list[str], npt.NDArray[np.int64], Sequence[Raw]]:
+        """Names, labels and encoded images of a shard.
 
         Raises:
             RunError: storage does not answer.
         """
-        found = self._asked.found
-        rows = range(first, end)
-        read = _Read(
-            names=found.source.sample_ids(shard)[first:end],
-            shard=np.full(len(rows), shard, np.int32),
-            row=np.arange(first, end, dtype=np.int32),
-            label=found.labels(shard)[first:end],
-        )
+        found, rows = self._asked.found, self._asked.found.source.shards[shard].rows
         try:
-            stored: Sequence[Raw] = found.source.read(shard, rows)
+            stored: Sequence[Raw] = found.source.read(shard, range(rows))
         except DamagedError as error:
-            stored = [Fault(str(error))] * len(rows)
+            stored = [Fault(str(error))] * rows
         except OSError as error:
             raise RunError(f"suspects: {first_line(error)}") from error
+        return found.source.sample_ids(shard), found.labels(shard), stored
+
+    def _decode(self, read: _Read, stored: Sequence[Raw]) -> _Read:
+        """Decode images and bring them to the model's size."""
         for place, raw in enumerate(stored):
             try:
                 if isinstance(raw, Fault):
