@@ -95,6 +95,11 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,}{_SPACE}{noun if number == 1 else plural or noun + 's'}"
 
 
+def counts(files: Mapping[str, int]) -> str:
+    """Numbers of files by what they are: 1,200 .heic files, 3 hidden files."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in files.items())
+
+
 def capitalise(text: str) -> str:
     """With a capital in front; the rest stays."""
     return text[:1].upper() + text[1:]
@@ -126,6 +131,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "date": date,
     "clause": clause,
     "of": count,
+    "counts": counts,
     "capitalise": capitalise,
     "shortened": shortened,
     "seconds": seconds,

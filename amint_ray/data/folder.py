@@ -20,7 +20,7 @@ from amint_ray.data.folder_layouts import LayoutError, arrange
 from amint_ray.data.sources import Fault, Known, Raw, Shard, Unreadable
 from amint_ray.storage import Location, locate
 
-_SUFFIXES = (
+SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".bmp"),
     *(".webp", ".tif", ".tiff", ".ppm", ".pgm"),
 )
@@ -280,7 +280,7 @@ def _list(location: Location) -> _Listing:
     folders: list[str] = []
     unnameable = parquet = 0
     start = len(_below(location.path, ""))
-    for info in _entries(location):
+    for info in entries(location):
         try:
             name = info.path[start:]
         except UnicodeDecodeError:
@@ -290,20 +290,20 @@ def _list(location: Location) -> _Listing:
             continue
         if info.type == FileType.Directory:
             folders.append(name)
-        elif name.lower().endswith(_SUFFIXES):
+        elif name.lower().endswith(SUFFIXES):
             images[name] = (info.size, info.mtime_ns)
         else:
             parquet += name.endswith(".parquet")
     if not images:
         instead = "; it holds Parquet files, which are for source=parquet" if parquet else ""
-        kinds = ", ".join(suffix[1:] for suffix in _SUFFIXES)
+        kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise LayoutError(f"holds no image files ({kinds}){instead}")
     odd = f"{unnameable:,} files whose names are not UTF-8, left out"
     return _Listing(images, folders, [odd] if unnameable else [])
 
 
-def _entries(location: Location) -> Iterator[FileInfo]:
-    """All below a folder; a link that leads back to a folder it is in is not followed."""
+def entries(location: Location) -> Iterator[FileInfo]:
+    """Files and folders below a folder; a link back to a folder that it is in is not followed."""
     if location.uri.startswith("s3://"):
         yield from location.filesystem.get_file_info(FileSelector(location.path, recursive=True))
         return

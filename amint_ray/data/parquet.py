@@ -96,9 +96,8 @@ class ParquetSource:
         """Class indices as they stand in the file."""
         if self._label_column is None:
             return [None] * self.shards[shard].rows
-        column = self._column(shard, self._label_column)
-        labels: list[int | None] = column.to_pylist()[: self.shards[shard].rows]
-        return labels
+        labels: list[int | None] = self._column(shard, self._label_column).to_pylist()
+        return labels[: self.shards[shard].rows]
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Raw]:
         """The encoded images."""
@@ -168,6 +167,7 @@ def open_parquet(
     limit: int | None,
     seconds: float,
     where: str,
+    labels_needed: bool = True,
 ) -> ParquetSource:
     """Find the files and read their footers.
 
@@ -178,6 +178,7 @@ def open_parquet(
         limit: images of each official split; None: all.
         seconds: that object storage may keep silent.
         where: section of the configuration, for errors.
+        labels_needed: whether a test split without labels is of no use.
 
     Raises:
         UserError: nothing is there, not all is there, or a column is not there.
@@ -212,7 +213,7 @@ def open_parquet(
             unreadable.append(Unreadable(entry.name, footer.reason, entry.size))
             continue
         found = columns.check(footer.schema, entry.name)
-        if footer.unlabelled:
+        if footer.unlabelled and labels_needed:
             unlabelled.append(entry.name)
             continue
         theirs = _class_names(footer.schema, label_column)

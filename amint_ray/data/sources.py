@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -172,7 +171,11 @@ def open_images(path: str, config: Data, where: str) -> Source:
     Raises:
         UserError: it is not there, or holds no images.
     """
-    parquet = path.endswith(".parquet") or any(Path(path).glob("*.parquet"))
+    from amint_ray.data.contents import look_into
+    from amint_ray.storage import locate
+
+    location = locate(path, where, seconds=config.timeout_seconds)
+    parquet = look_into(location, f"{where}={path}").parquet > 0
     kind = "parquet" if parquet else "folder"
     try:
         return _open(kind, path, config.image_column if parquet else None, None, config, where)

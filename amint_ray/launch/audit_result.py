@@ -102,6 +102,7 @@ def conclude(
             "source": asked.found.uri,
             "images": len(suspects) + unreadable,
             "unreadable": unreadable,
+            "left_out": dict(asked.found.left_out),
             **judgement.document["suspects"],
         },
         "model": _model(model, origin, uri),

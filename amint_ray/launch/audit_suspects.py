@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ from pyarrow.fs import FileType
 
 from amint_ray.config.audit import AuditSettings
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.data.contents import look_into
 from amint_ray.data.folder import Files, FileSource, open_folder
 from amint_ray.data.parquet import open_parquet
 from amint_ray.data.sources import Source, count
-from amint_ray.storage import Location, list_files, locate
+from amint_ray.storage import Location, locate
 
 _WHERE = "suspects"
 _CHUNK_ROWS = 2048
@@ -32,11 +33,13 @@ class Found:
         classes: the model's class index of each of the source's classes, −1: the model has no such
             class; None: the source's labels are not used.
         uri: as the user named them.
+        left_out: files that are not looked at, by why.
     """
 
     source: Source
     classes: npt.NDArray[np.int64] | None
     uri: str
+    left_out: Mapping[str, int]
 
     def labels(self, shard: int) -> npt.NDArray[np.int64]:
         """(rows,) the model's class indices; −1: there is none."""
@@ -80,17 +83,13 @@ def find_suspects(
     """
     watcher.phase(f"opening {uri}")
     place = locate(uri, _WHERE, seconds=settings.timeout_seconds)
-    try:
-        kind = place.filesystem.get_file_info(place.path).type
-        parquet = list_files(place, ".parquet")
-    except OSError as error:
-        raise UserError(f"{_WHERE}: {uri}: cannot be read: {first_line(error)}") from error
-    if kind == FileType.NotFound and not parquet:
+    contents = look_into(place, f"{_WHERE}: {uri}")
+    if contents.place == FileType.NotFound:
         raise UserError(f"{_WHERE}: {uri}: there is no such file or folder")
     try:
-        if parquet:
+        if contents.parquet:
             source: Source = _open_parquet(uri, settings)
-        elif kind == FileType.File:
+        elif contents.place == FileType.File:
             source = _one_file(place, settings)
         else:
             source = open_folder(
@@ -108,11 +107,16 @@ def find_suspects(
         raise type(error)(text) from error
     for note in source.notes:
         watcher.notice(f"{_WHERE}: {note}")
+    if contents.others:
+        watcher.notice(f"{_WHERE}: not looked at, as they are no images: {contents.told()}")
     for file in source.unreadable:
         watcher.notice(f"{_WHERE}: {file.name} {file.reason}; its images are not looked at")
     if count(source) == 0:
         raise UserError(f"{_WHERE}: {uri}: holds no images")
-    return Found(source, _classes(source, settings, class_names, watcher), uri)
+    left_out = dict(contents.others)
+    if source.unreadable:
+        left_out["Parquet files that cannot be read"] = len(source.unreadable)
+    return Found(source, _classes(source, settings, class_names, watcher), uri, left_out)
 
 
 def _open_parquet(uri: str, settings: AuditSettings) -> Source:
@@ -123,6 +127,7 @@ def _open_parquet(uri: str, settings: AuditSettings) -> Source:
         limit=None,
         seconds=settings.timeout_seconds,
         where=_WHERE,
+        labels_needed=False,
     )
 
 

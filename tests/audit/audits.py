@@ -50,6 +50,7 @@ def document(verdict: str = "member", *, images: int = 30, **changes: Any) -> di
             "images": images,
             "unique": max(0, images - unread - (images > 3)),
             "unreadable": unread,
+            "left_out": {".heic files": 12, "hidden files": 1},
             "not_finite": 2,
             "labelled": images - unread,
             "flagged": sum(row["decision"] == "member" for row in rows),

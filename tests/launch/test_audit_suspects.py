@@ -1,0 +1,99 @@
+"""What is taken for suspects, and what is left out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from launch.silent import Silent
+from PIL import Image
+
+from amint_ray.config.audit import AuditSettings
+from amint_ray.config.load import load_config
+from amint_ray.contracts import UserError
+from amint_ray.data.strangers import read_strangers
+from amint_ray.launch.audit_suspects import Found, find_suspects
+
+
+def image(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
+
+
+def parquet(file: Path, labels: list[int]) -> None:
+    stored = {"image": pa.array([b"x"] * len(labels), pa.binary()), "label": labels}
+    pq.write_table(pa.table(stored), file)
+
+
+def find(folder: Path, watcher: Silent | None = None, **settings: str) -> Found:
+    asked = AuditSettings(**settings)  # type: ignore[arg-type]
+    return find_suspects(str(folder), asked, ["0", "1"], watcher or Silent())
+
+
+def test_files_that_are_no_images_are_counted_and_told(tmp_path: Path) -> None:
+    for name in ("a.png", "b.JPG", "1/c.png"):
+        image(tmp_path / name)
+    for name in ("a.heic", "b.heic", "1/c.heic", "notes.txt", "README", ".a.png", ".git/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    watcher = Silent()
+    found = find(tmp_path, watcher)
+    assert sum(shard.rows for shard in found.source.shards) == 3
+    assert found.left_out == {
+        ".heic files": 3,
+        ".txt files": 1,
+        "files without a suffix": 1,
+        "hidden files": 2,
+    }
+    assert [n for n in watcher.notices if "no images" in n] == [
+        "suspects: not looked at, as they are no images: 3 .heic files, 2 hidden files, "
+        "1 .txt files, 1 files without a suffix"
+    ]
+
+
+def test_images_beside_parquet_are_not_passed_over(tmp_path: Path) -> None:
+    for number in range(3):
+        image(tmp_path / f"{number}.png")
+    (tmp_path / "deep").mkdir()
+    parquet(tmp_path / "deep" / "one.parquet", [0, 1])
+    with pytest.raises(UserError, match="holds 3 image files and 1 Parquet files; name one"):
+        find(tmp_path)
+    with pytest.raises(UserError, match=r"^--ood=.*: holds 3 image files and 1 Parquet files"):
+        read_strangers(str(tmp_path), load_config("digits").data, most=9, where="--ood")
+    (tmp_path / "deep" / "one.parquet").rename(tmp_path / "deep" / "_one.parquet")
+    assert find(tmp_path).left_out == {"hidden files": 1}
+
+
+def test_parquet_below_folders_is_found_whatever_it_is_for(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    parquet(tmp_path / "part" / "0.parquet", [0] * 5)
+    strangers = load_config("digits", ["data.image_column=image"]).data
+    with pytest.raises(UserError, match="none of the 5 files is an image"):
+        read_strangers(str(tmp_path), strangers, most=9, where="--ood")
+
+
+def test_a_test_split_without_labels_is_suspected_like_any_other(tmp_path: Path) -> None:
+    parquet(tmp_path / "train-0.parquet", [0, 1, 1])
+    parquet(tmp_path / "test-0.parquet", [-1, -1])
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    watcher = Silent()
+    found = find(tmp_path, watcher, image_column="image", label_column="label")
+    labels = {
+        name: label
+        for shard in range(len(found.source.shards))
+        for name, label in zip(
+            found.source.sample_ids(shard), found.labels(shard).tolist(), strict=True
+        )
+    }
+    assert labels == {
+        "train-0.parquet#0": 0,
+        "train-0.parquet#1": 1,
+        "train-0.parquet#2": 1,
+        "test-0.parquet#0": -1,
+        "test-0.parquet#1": -1,
+    }
+    assert found.left_out == {"Parquet files that cannot be read": 1}
+    assert any("torn.parquet is not a Parquet file" in notice for notice in watcher.notices)
