@@ -226,6 +226,7 @@ def _model(model: RegisteredModel, origin: Origin, uri: str) -> dict[str, Any]:
     return {
         "uri": uri,
         "digest": model.fingerprint(),
+        "registered": model.registered,
         "run_id": origin.run_id,
         "manifest_fingerprint": origin.tags.get("amint.manifest_fingerprint"),
         "config_fingerprint": origin.tags.get("amint.config_fingerprint"),

@@ -25,6 +25,7 @@ from amint_ray.tracking.folder import (
     SCORES,
     WEIGHTS,
     Preprocessing,
+    digest,
     verify,
 )
 
@@ -56,6 +57,7 @@ class RegisteredModel:
         preprocessing: from pixels to the backbone's input, and what its classes are called.
         calibration: (m,) sorted scores of images that were not trained on.
         reference: what it says of images of known roles; None: it was registered without.
+        registered: `folder.digest` of all that was registered; None: it is of no folder.
     """
 
     def __init__(
@@ -64,11 +66,14 @@ class RegisteredModel:
         preprocessing: Preprocessing,
         calibration: npt.NDArray[np.float64],
         reference: Reference | None = None,
+        *,
+        registered: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.calibration = calibration
         self.reference = reference
+        self.registered = registered
         # The taps hand over through the model; two passes at once would mix their images up.
         self._one_at_a_time = threading.Lock()
 
@@ -188,7 +193,9 @@ def read_model(
         calibration = load_file(folder / CALIBRATION)[SCORES].numpy()
         kept = folder / REFERENCE
         reference = read_reference(kept) if kept.is_file() else None
-        return RegisteredModel(model, preprocessing, calibration, reference)
+        return RegisteredModel(
+            model, preprocessing, calibration, reference, registered=digest(folder)
+        )
     except Exception as error:  # whatever files lead to that somebody wrote, hashes and all
         raise UserError(
             f"{where or folder}: not a model that amint_ray registered: {first_line(error)}"

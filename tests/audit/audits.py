@@ -108,6 +108,7 @@ def document(verdict: str = "member", *, images: int = 30, **changes: Any) -> di
         "precision": {"prior": 0.11, "at_threshold": figure(0.953, 0.881, 0.991)},
         "model": {
             "uri": "models:/amint-digits/1",
+            "registered": "1f" * 32,
             "digest": "0123456789abcdef" * 4,
             "run_id": "89abcdef" * 4,
             "manifest_fingerprint": "fedcba9876543210" * 4,

@@ -109,7 +109,7 @@ def pixels() -> np.ndarray:
 
 
 def test_outputs_are_the_trained_models(
-    trained: AuditedModel, loaded: RegisteredModel, pixels: np.ndarray
+    trained: AuditedModel, folder: Path, loaded: RegisteredModel, pixels: np.ndarray
 ) -> None:
     scaled = torch.from_numpy(pixels).float() / 255
     with torch.no_grad():
@@ -123,6 +123,7 @@ def test_outputs_are_the_trained_models(
     np.testing.assert_array_equal(loaded.reference.mint_logit, _reference().mint_logit)
     assert loaded.preprocessing.class_names == ("c0", "c1", "c2", "c3", "c4")
     assert not loaded.model.training
+    assert loaded.registered == digest(folder)
 
 
 def test_mlflows_pyfunc_gives_the_same(
