@@ -33,6 +33,8 @@ def print_audit(document: Mapping[str, Any], console: Console) -> None:
     console.print(_VERDICTS[document["verdict"]] + p)
     for reason in document["reasons"]:
         console.print(f"  because {escape(reason['text'])}; {escape(reason['help'])}")
+    for reason in document["reservations"]:
+        console.print(f"  but {escape(reason['text'])}; {escape(reason['help'])}")
     unread = f", {suspects['unreadable']:,} unreadable" if suspects["unreadable"] else ""
     console.print(
         f"{suspects['images']:,} images in {escape(suspects['source'])}, "

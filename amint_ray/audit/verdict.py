@@ -105,6 +105,7 @@ def judge(
         verdict = "no_verdict"
     else:
         verdict = "member" if p_value <= settings.alpha else "not_member"
+    reservations = [reason("confounders_unknown")] if confounders_clean is None else []
     strange = Interval.unknown("the suspects are unlike the calibration images")
     shares = {e.name: strange if alike.unlike else _share(e, settings) for e in found}
     document = {
@@ -112,6 +113,7 @@ def judge(
         "p_value": p_value,
         **{name: getattr(settings, name) for name in ("alpha", "fdr", "prior", "confidence")},
         "reasons": reasons,
+        "reservations": reservations,
         "share": _best_share(found, shares),
         "suspects": {
             "unique": int(unique.sum()),

@@ -33,6 +33,12 @@ _REASONS = {
         "so what it seems to know may be what anybody can see",
         "train again with images of one source, which are assigned to roles at random",
     ),
+    "confounders_unknown": (
+        "nobody has looked whether the images that the model was trained on can be told from the "
+        "others without it; if they can, what the model seems to know may be what anybody can see",
+        "audit the model by its name in MLflow, whose run may keep that check, or train it again "
+        "with data.confounder_check=true",
+    ),
     "unlike": (
         "the suspects are unlike the calibration images (effect {effect:.2f}, limit {limit:.2f}), "
         "so no error rate is known for them",
@@ -60,10 +66,10 @@ _REASONS = {
 
 
 def reason(code: str, **values: object) -> dict[str, str]:
-    """Why there is no verdict: `{code, text, help}`.
+    """Why there is no verdict, or what is to be held against one: `{code, text, help}`.
 
     Args:
-        code: `no_images`, `confounded`, `unlike`, `likeness_unknown` or `underpowered`.
+        code: one of those above; not `powerless`.
         **values: what the text names; of `underpowered`, `needed` may be None.
     """
     key = "powerless" if code == "underpowered" and values.get("needed") is None else code

@@ -27,6 +27,7 @@ from amint_ray.evaluation.outputs import Outputs
 from amint_ray.launch.attack_parts import read_arrays
 from amint_ray.launch.audit_worker import Asked
 from amint_ray.storage import Location, write_atomically
+from amint_ray.tracking.folder import Confounders
 from amint_ray.tracking.registered import RegisteredModel
 from amint_ray.tracking.versions import asking, open_mlflow
 
@@ -87,14 +88,14 @@ def conclude(
     watcher.phase("judging")
     suspects, unreadable = _suspects(asked, parts, trained=len(model.calibration) > 0)
     assert model.reference is not None
-    clean = {"true": False, "false": True}.get(origin.tags.get("amint.confounded", ""))
+    split = _confounders(model, origin)
     judgement = judge(
         suspects,
         model.reference,
         model.calibration,
         judged,
-        confounders_clean=clean,
-        lines=_lines(model, origin, confidence=judged.confidence),
+        confounders_clean=split.clean,
+        lines=_lines(model, split, confidence=judged.confidence),
     )
     document = {
         **judgement.document,
@@ -181,7 +182,7 @@ def _suspects(asked: Asked, parts: Sequence[str], *, trained: bool) -> tuple[Sus
     return suspects, total - n
 
 
-def _lines(model: RegisteredModel, origin: Origin, *, confidence: float) -> dict[str, Any]:
+def _lines(model: RegisteredModel, split: Confounders, *, confidence: float) -> dict[str, Any]:
     """The four lines that go with every result: AUC of members, withheld ones, blind, and loss.
 
     The first two and the loss are of the reference against its calibration images.
@@ -202,19 +203,24 @@ def _lines(model: RegisteredModel, origin: Origin, *, confidence: float) -> dict
     return {
         "member": against(Role.MEMBER, head) if trained else untrained,
         "withheld": against(Role.WITHHELD, head) if trained else untrained,
-        "blind": _blind(origin),
+        "blind": split.blind.as_dict(),
         "loss": against(Role.WITHHELD, loss),
         "loss_member": against(Role.MEMBER, loss),
     }
 
 
-def _blind(origin: Origin) -> dict[str, Any]:
-    """What a classifier that never saw the model makes of member against test."""
+def _confounders(model: RegisteredModel, origin: Origin) -> Confounders:
+    """What the model keeps of it; models of earlier versions keep nothing, but their runs do."""
+    if model.confounders is not None:
+        return model.confounders
+    clean = {"true": False, "false": True}.get(origin.tags.get("amint.confounded", ""))
     key = "confounders.comparisons.member_vs_test.auc"
     if key not in origin.metrics:
-        return Interval.unknown("no blind classifier's figure is stored with the model").as_dict()
-    value, low, high = (origin.metrics[f"{key}{end}"] for end in ("", ".low", ".high"))
-    return Interval(value, low, high).as_dict()
+        blind = Interval.unknown("no blind classifier's figure is stored with the model")
+    else:
+        value, low, high = (origin.metrics[f"{key}{end}"] for end in ("", ".low", ".high"))
+        blind = Interval(value, low, high)
+    return Confounders(clean, blind)
 
 
 def _model(model: RegisteredModel, origin: Origin, uri: str) -> dict[str, Any]:

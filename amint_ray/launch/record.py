@@ -18,13 +18,14 @@ from amint_ray.evaluation.figures import (
     roc_curves,
     score_histograms,
 )
+from amint_ray.evaluation.metrics import Interval
 from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import read_scores, write_scores
 from amint_ray.launch.beside import MODEL
 from amint_ray.launch.prepare import Prepared
 from amint_ray.launch.recording import Recording
 from amint_ray.tracking.card import CARD, model_card, shortened
-from amint_ray.tracking.folder import Code, write_folder
+from amint_ray.tracking.folder import Code, Confounders, write_folder
 from amint_ray.tracking.headline import headline_tags
 from amint_ray.tracking.run_log import environment, without_password
 from amint_ray.train.loop import REFERENCE, SCORES
@@ -81,6 +82,7 @@ def record(
         calibration=table.of(Role.CALIBRATION).mint_logit if told else np.empty(0),
         reference=reference if reference.is_file() else None,
         code=code,
+        confounders=_confounders(prepared.confounders),
     )
     document = {
         "run_id": run.run_id or None,
@@ -130,6 +132,13 @@ def record(
     if register:
         run.tell_model(model, name, tags=headline_tags(document), description=shortened(card))
     return document
+
+
+def _confounders(found: Mapping[str, Any] | None) -> Confounders | None:
+    """As the registered model keeps it, for whoever has nothing but its folder."""
+    if found is None:
+        return None
+    return Confounders(found["clean"], Interval(**found["comparisons"]["member_vs_test"]["auc"]))
 
 
 def finish(

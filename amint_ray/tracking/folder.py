@@ -22,6 +22,7 @@ import numpy.typing as npt
 import yaml
 
 from amint_ray.contracts import UserError, first_line
+from amint_ray.evaluation.metrics import Interval
 
 if TYPE_CHECKING:
     from amint_ray.config.data_schema import Data
@@ -34,6 +35,8 @@ MLMODEL, HASHES = "MLmodel", "hashes.json"
 WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
 REFERENCE = "reference.safetensors"
 """What the model says of images of known roles; a model may have none."""
+CONFOUNDERS = "confounders.json"
+"""Whether the model's members can be told without it; missing where nobody looked."""
 ARCHITECTURE, PREPROCESSING = "architecture.json", "preprocessing.json"
 PROGRAM, CODE = "program.pt2", "predict.py"
 REQUIREMENTS, CONDA, PYTHON_ENV = "requirements.txt", "conda.yaml", "python_env.yaml"
@@ -87,6 +90,19 @@ class Preprocessing:
     code: Code | None = None
 
 
+@dataclass(frozen=True)
+class Confounders:
+    """Whether images that were trained on can be told from others without the model.
+
+    Attributes:
+        clean: whether no classifier that never saw the model could; None: it could not be tested.
+        blind: AUC of `member` against `test` by the best of those classifiers.
+    """
+
+    clean: bool | None
+    blind: Interval
+
+
 def write_folder(
     folder: Path,
     *,
@@ -97,6 +113,7 @@ def write_folder(
     calibration: npt.NDArray[np.float64],
     reference: Path | None = None,
     code: Code | None = None,
+    confounders: Confounders | None = None,
 ) -> str | None:
     """Write all that is registered of a model; `registry.register` then only has to send it.
 
@@ -110,6 +127,7 @@ def write_folder(
             trained.
         reference: file that `evaluation.reference.write_reference` wrote.
         code: of a head that says codes.
+        confounders: what was found of the split; None: nobody looked.
 
     Returns:
         Why the model has no program, and so cannot be used without amint_ray; None: it has one.
@@ -126,6 +144,8 @@ def write_folder(
     save_file({SCORES: np.sort(calibration).astype(np.float64)}, draft / CALIBRATION)
     if reference is not None:
         shutil.copyfile(reference, draft / REFERENCE)
+    if confounders is not None:
+        (draft / CONFOUNDERS).write_text(json.dumps(asdict(confounders), indent=2))
     (draft / ARCHITECTURE).write_text(architecture.to_json())
     side = math.floor(data.image_size / data.crop_pct)
     resize = f"shorter side to {side} pixels (bicubic), then the central {data.image_size}"
@@ -303,7 +323,7 @@ def _check_names(folder: Path, hashes: Mapping[str, str], *, runs: bool) -> None
     own = {WEIGHTS, CALIBRATION, ARCHITECTURE, PREPROCESSING}
     if runs:
         own |= {PROGRAM, CODE, REQUIREMENTS, CONDA, PYTHON_ENV}
-    own |= hashes.keys() & {REFERENCE}
+    own |= hashes.keys() & {REFERENCE, CONFOUNDERS}
     if hashes.keys() != own:
         raise ValueError(f"{HASHES} is not one of amint_ray's: it lists other files")
     for file in sorted(folder.iterdir()):

@@ -20,16 +20,18 @@ from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.tracking.folder import (
     ARCHITECTURE,
     CALIBRATION,
+    CONFOUNDERS,
     PREPROCESSING,
     REFERENCE,
     SCORES,
     WEIGHTS,
+    Confounders,
     Preprocessing,
     digest,
     verify,
 )
 
-_PREPROCESSING = TypeAdapter(Preprocessing)
+_PREPROCESSING, _CONFOUNDERS = TypeAdapter(Preprocessing), TypeAdapter(Confounders)
 
 
 class Answer(NamedTuple):
@@ -57,6 +59,7 @@ class RegisteredModel:
         preprocessing: from pixels to the backbone's input, and what its classes are called.
         calibration: (m,) sorted scores of images that were not trained on.
         reference: what it says of images of known roles; None: it was registered without.
+        confounders: whether its members can be told without it; None: nobody looked.
         registered: `folder.digest` of all that was registered; None: it is of no folder.
     """
 
@@ -67,12 +70,14 @@ class RegisteredModel:
         calibration: npt.NDArray[np.float64],
         reference: Reference | None = None,
         *,
+        confounders: Confounders | None = None,
         registered: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.calibration = calibration
         self.reference = reference
+        self.confounders = confounders
         self.registered = registered
         # The taps hand over through the model; two passes at once would mix their images up.
         self._one_at_a_time = threading.Lock()
@@ -193,8 +198,14 @@ def read_model(
         calibration = load_file(folder / CALIBRATION)[SCORES].numpy()
         kept = folder / REFERENCE
         reference = read_reference(kept) if kept.is_file() else None
+        found = folder / CONFOUNDERS
         return RegisteredModel(
-            model, preprocessing, calibration, reference, registered=digest(folder)
+            model,
+            preprocessing,
+            calibration,
+            reference,
+            confounders=_CONFOUNDERS.validate_json(found.read_text()) if found.is_file() else None,
+            registered=digest(folder),
         )
     except Exception as error:  # whatever files lead to that somebody wrote, hashes and all
         raise UserError(

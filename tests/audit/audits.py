@@ -43,6 +43,9 @@ def document(verdict: str = "member", *, images: int = 30, **changes: Any) -> di
         "prior": 0.11,
         "confidence": 0.96,
         "reasons": reasons if verdict == "no_verdict" else [],
+        "reservations": [
+            {"code": "confounders_unknown", "text": "Nobody has looked.", "help": "Look at it."}
+        ],
         "share": figure(0.801, 0.702, 0.903)
         | {"of": "images that the head was told of", "by": "head"},
         "suspects": {

@@ -100,6 +100,7 @@ def test_each_verdict_is_said_in_plain_words(verdict: str) -> None:
     nothing_runs_or_is_fetched(page)
     reads_well_aloud(page)
     assert page.by_id("verdict").text == SAID[verdict]
+    assert "Nobody has looked. What would help: look at it." in page.text  # a reservation
     assert all(words not in page.text for other, words in SAID.items() if other != verdict)
     for part in ("What it means", "What it does not mean", "Can show:", "Cannot show:"):
         assert part in page.text
@@ -112,7 +113,7 @@ def test_each_verdict_is_said_in_plain_words(verdict: str) -> None:
             "verdict, because the suspects are unlike the calibration images."
         )
     else:
-        assert "What would help" not in page.text
+        assert "Why there is no verdict" not in page.text
         assert wording.p_text(audit["p_value"]) in box.text
 
 

@@ -94,6 +94,9 @@ def test_no_verdict_on_a_confounded_split_or_on_other_images(reference: Referenc
     other = dataclasses.replace(members, taps=members.taps + 5)
     found = audit(other, reference, clean=None)
     assert (codes(found), found.document["verdict"]) == (["unlike"], "no_verdict")
+    assert [each["code"] for each in found.document["reservations"]] == ["confounders_unknown"]
+    assert audit(members, reference, clean=None).document["verdict"] == "member"
+    assert audit(members, reference).document["reservations"] == []
     assert found.document["unlike"]["unlike"] is True
     assert found.document["p_value"] < 1e-6  # what was measured is still said
     both = audit(dataclasses.replace(suspects(test=5), taps=other.taps[:5]), reference, clean=False)

@@ -25,11 +25,12 @@ import amint_ray
 from amint_ray import RegisteredModel
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import UserError
+from amint_ray.evaluation.metrics import Interval
 from amint_ray.evaluation.outputs import Outputs
 from amint_ray.evaluation.reference import Reference, write_reference
 from amint_ray.model.joint import AuditedModel
 from amint_ray.model.mint_head import HeadSpec
-from amint_ray.tracking.folder import digest, verify, write_folder
+from amint_ray.tracking.folder import Confounders, digest, verify, write_folder
 from amint_ray.tracking.predict import refuse_pickles, tensors_of
 from amint_ray.train.state import save_weights
 
@@ -38,10 +39,13 @@ CALIBRATION = np.array([0.3, -1.0, 0.1, 2.0])
 MEAN, STD = 0.4, 0.25
 FILES = {
     *("MLmodel", "hashes.json", "model.safetensors", "calibration.safetensors"),
-    *("reference.safetensors", "architecture.json", "preprocessing.json"),
+    *("reference.safetensors", "confounders.json", "architecture.json", "preprocessing.json"),
     *("program.pt2", "predict.py"),
     *("requirements.txt", "conda.yaml", "python_env.yaml"),
 }
+
+
+CONFOUNDERS = Confounders(clean=True, blind=Interval(0.51, 0.48, 0.54))
 
 
 def _write(
@@ -61,6 +65,7 @@ def _write(
         class_names=[f"c{i}" for i in range(CLASSES)],
         calibration=calibration,
         reference=reference,
+        confounders=None if reference is None else CONFOUNDERS,
     )
 
 
@@ -124,6 +129,7 @@ def test_outputs_are_the_trained_models(
     assert loaded.preprocessing.class_names == ("c0", "c1", "c2", "c3", "c4")
     assert not loaded.model.training
     assert loaded.registered == digest(folder)
+    assert loaded.confounders == CONFOUNDERS
 
 
 def test_mlflows_pyfunc_gives_the_same(
@@ -233,7 +239,7 @@ def test_what_cannot_be_exported_is_registered_without_a_program(
     assert reason.startswith("amint_test_looks_at_pixels cannot be exported: ")
     assert "\n" not in reason
     without = {"program.pt2", "predict.py", "requirements.txt", "conda.yaml", "python_env.yaml"}
-    without |= {"reference.safetensors"}  # it was given none
+    without |= {"reference.safetensors", "confounders.json"}  # it was given none
     assert {file.name for file in (tmp_path / "model").iterdir()} == FILES - without
     assert amint_ray.load(str(tmp_path / "model"))(pixels).task_logits.shape == (6, CLASSES)
     with pytest.raises(MlflowException, match='does not have the "python_function" flavor'):
@@ -433,6 +439,7 @@ def test_another_flavour_is_refused(
         ("model.safetensors", b""),
         ("calibration.safetensors", b"garbage and more"),
         ("reference.safetensors", b"garbage and more"),
+        ("confounders.json", b'{"clean": "perhaps"}'),
         ("architecture.json", b"{"),
         ("architecture.json", b"[]"),
         ("architecture.json", b"\xff\xfe\xfa"),
