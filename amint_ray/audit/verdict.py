@@ -5,7 +5,6 @@ NumPy and SciPy only. No suspect's membership is ever read: there is nothing her
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amint_ray.audit.collection import images_for_power, share_error, share_of
+from amint_ray.audit.decisions import combined, precision, precision_at_threshold
 from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evidence
 from amint_ray.audit.likeness import (
     LIMIT,
@@ -27,7 +27,7 @@ from amint_ray.audit.suspects import Mask, Settings, Suspects
 from amint_ray.audit.words import CANNOT_SHOW, SHOWS, reason
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import benjamini_hochberg
-from amint_ray.evaluation.metrics import Interval, precision_at_prior
+from amint_ray.evaluation.metrics import Interval
 from amint_ray.evaluation.outputs import Scores
 from amint_ray.evaluation.reference import Reference
 
@@ -61,6 +61,7 @@ def judge(
     settings: Settings,
     *,
     confounders_clean: bool | None,
+    needs_labels: bool = False,
     lines: Mapping[str, Any] | None = None,
 ) -> Judgement:
     """The verdict on a collection and on each image of it.
@@ -72,6 +73,7 @@ def judge(
         settings: how sure to be.
         confounders_clean: whether a classifier that never saw the model failed on the same split;
             None: not known.
+        needs_labels: whether the head says nothing of images without labels.
         lines: figures of the model that the document shows as they are.
 
     Raises:
@@ -86,7 +88,8 @@ def judge(
         reference.taps[reference.role == Role.CALIBRATION.value],
         confidence=settings.confidence,
     )
-    p, known_p = combined([e.p for e in found]), combined([e.known_p for e in found])
+    every_p, known_p = [e.p for e in found], [e.known_p for e in found]
+    p = combined(every_p)
     flagged = benjamini_hochberg(np.where(originals < 0, p, np.nan), settings.fdr)
     flagged = np.where(originals < 0, flagged, flagged[originals])
     p_values = [e.p_value for e in found if e.p_value is not None]
@@ -98,14 +101,24 @@ def judge(
     compared = max(e.compared for e in found)
     sizes = [(_power(e, role, settings, len(found)), e.compared) for e in found]
     powered = any(size is not None and images >= size for size, images in sizes)
+    silent = int((unique & (suspects.label < 0)).sum()) if needs_labels else 0
     reasons = _reasons(
-        compared, p_value, needed[role.value], alike, confounders_clean, settings, powered=powered
+        compared,
+        p_value,
+        needed[role.value],
+        alike,
+        confounders_clean,
+        settings,
+        powered=powered,
+        silent=silent,
     )
     if reasons or p_value is None:
         verdict = "no_verdict"
     else:
         verdict = "member" if p_value <= settings.alpha else "not_member"
     reservations = [reason("confounders_unknown")] if confounders_clean is None else []
+    if silent and compared:
+        reservations.append(reason("labels_needed", silent=silent))
     strange = Interval.unknown("the suspects are unlike the calibration images")
     shares = {e.name: strange if alike.unlike else _share(e, settings) for e in found}
     document = {
@@ -143,8 +156,12 @@ def judge(
         "lines": dict(lines or {}),
         "precision": {
             "prior": settings.prior,
-            "at_threshold": _precision_at_threshold(
-                p[flagged], known_p, min(e.fewest for e in found), settings
+            "at_threshold": precision_at_threshold(
+                every_p,
+                known_p,
+                flagged,
+                calibration=min(e.fewest for e in found),
+                settings=settings,
             ).as_dict(),
         },
     }
@@ -158,20 +175,11 @@ def judge(
         "p_head": by_name["head"].p if "head" in by_name else nothing,
         "p_outputs": by_name["outputs"].p if "outputs" in by_name else nothing,
         "p_value": p,
-        "precision": _precision(p, known_p, settings.prior),
+        "precision": precision(every_p, known_p, prior=settings.prior),
         "flagged": flagged,
         "duplicate_of": originals,
     }
     return Judgement(document, images)
-
-
-def combined(p: Sequence[Scores]) -> Scores:
-    """One p-value of several kinds of evidence, each (n,): Bonferroni's.
-
-    It is valid however they depend on each other; NaN where any is.
-    """
-    smallest: Scores = np.minimum(1.0, len(p) * np.min(p, axis=0))
-    return smallest
 
 
 def _classes(
@@ -321,13 +329,15 @@ def _reasons(
     settings: Settings,
     *,
     powered: bool,
+    silent: int,
 ) -> list[dict[str, str]]:
     """Why there is no verdict; none where there is one."""
     found = []
     if confounders_clean is False:
         found.append(reason("confounded"))
     if compared == 0 or p_value is None:
-        return [*found, reason("no_images")]
+        nothing = reason("labels_needed", silent=silent) if silent else reason("no_images")
+        return [*found, nothing]
     if alike.unlike is None:
         found.append(reason("likeness_unknown"))
     elif alike.unlike:
@@ -335,41 +345,3 @@ def _reasons(
     if p_value > settings.alpha and not powered:
         found.append(reason("underpowered", compared=compared, needed=needed, power=settings.power))
     return found
-
-
-def _true_positive_rate(p: Scores, known_p: Scores) -> Scores:
-    """Share of the known training images with a p-value as small."""
-    known = np.sort(known_p[np.isfinite(known_p)])
-    if len(known) == 0:
-        return np.full(len(p), np.nan)
-    rate: Scores = np.searchsorted(known, p, side="right") / len(known)
-    return rate
-
-
-def _precision(p: Scores, known_p: Scores, prior: float) -> Scores:
-    """(n,) share of training images among those with so small a p-value or a smaller one.
-
-    At the prior; with p itself, which bounds it, as the rate of others, and that of the reference's
-    training images. NaN where either is not known.
-    """
-    hits = prior * _true_positive_rate(p, known_p)
-    found: Scores = np.where(np.isfinite(p), hits / (hits + (1 - prior) * p), np.nan)
-    return found
-
-
-def _precision_at_threshold(
-    flagged_p: Scores, known_p: Scores, calibration: int, settings: Settings
-) -> Interval:
-    """The same at the largest p-value that was called a member's, with its interval."""
-    known = known_p[np.isfinite(known_p)]
-    if len(flagged_p) == 0:
-        return Interval.unknown("no image is called a member")
-    threshold = float(flagged_p.max())
-    return precision_at_prior(
-        int((known <= threshold).sum()),
-        len(known),
-        min(calibration, math.ceil(threshold * calibration)),
-        calibration,
-        prior=settings.prior,
-        confidence=settings.confidence,
-    )

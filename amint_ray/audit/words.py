@@ -28,6 +28,12 @@ _REASONS = {
         "no image of the collection could be compared",
         "give images that can be read, of the kind that the model is for",
     ),
+    "labels_needed": (
+        "the model's head reads the task loss and says nothing of images without labels, of which "
+        "there are {silent}",
+        "give labels: in folders that are called like the model's classes, or by "
+        "audit.label_column",
+    ),
     "confounded": (
         "the images that the model was trained on can be told from the others without the model, "
         "so what it seems to know may be what anybody can see",

@@ -95,6 +95,7 @@ def conclude(
         model.calibration,
         judged,
         confounders_clean=split.clean,
+        needs_labels=asked.needs_labels,
         lines=_lines(model, split, confidence=judged.confidence),
     )
     document = {
@@ -312,8 +313,14 @@ class _Rows:
             **figures,
             "decision": "member" if found["flagged"] else "undecided",
             "duplicate_of": names.get(found["duplicate_of"]),
-            "problem": None if figures["p_value"] is not None else "no finite answer of the model",
+            "problem": None if figures["p_value"] is not None else self._why(label),
         }
+
+    def _why(self, label: int | None) -> str:
+        """An image that could be read has no p-value."""
+        if self._asked.needs_labels and label is None:
+            return "has no label, which the model's head needs"
+        return "no finite answer of the model"
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """For Parquet."""

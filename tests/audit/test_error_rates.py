@@ -10,9 +10,9 @@ from audit_population import Population
 from scipy.stats import kstest
 
 from amint_ray.audit.collection import share_of
+from amint_ray.audit.decisions import combined
 from amint_ray.audit.output_scores import Score, fitted, loss
 from amint_ray.audit.ranks import Sample, place, rank_test
-from amint_ray.audit.verdict import combined
 from amint_ray.evaluation.calibration import benjamini_hochberg
 
 AUDITS = 2000
