@@ -36,6 +36,7 @@ from PIL import Image
 
 from amint_ray.audit.suspects import Settings, Suspects
 from amint_ray.audit.verdict import Judgement, judge
+from amint_ray.audit.yardstick import Yardstick
 from amint_ray.config.audit import AuditSettings
 from amint_ray.config.data_schema import Data
 from amint_ray.config.load import load_config
@@ -203,8 +204,11 @@ def _errors(config: Config, *, draws: int) -> dict[str, Any]:
         for role in (Role.TEST, Role.MEMBER, Role.WITHHELD)
     }
 
+    yardstick = Yardstick(reference)
+
     def judged(suspects: Suspects) -> Judgement:
-        return judge(suspects, reference, calibration, Settings(), confounders_clean=True)
+        measured = yardstick.measure(suspects)
+        return judge(measured, yardstick, calibration, Settings(), confounders_clean=True)
 
     random = np.random.default_rng(config.train.seed)
     test, member = looked[Role.TEST], looked[Role.MEMBER]

@@ -14,16 +14,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.audit.output_scores import FEWEST_KNOWN, Score, fitted, loss, parts
 from amint_ray.audit.ranks import Sample, place, rank_test
-from amint_ray.audit.suspects import Mask, Suspects, Whole
+from amint_ray.audit.suspects import Mask, Whole
+from amint_ray.audit.yardstick import Measured, Scored, Yardstick, known_rows
 from amint_ray.contracts import Role
 from amint_ray.evaluation.metrics import Interval, auc_of_shares, share_below
-from amint_ray.evaluation.outputs import Outputs, Scores
+from amint_ray.evaluation.outputs import Scores
 from amint_ray.evaluation.reference import Reference
-
-_FOLDS = 5
-"""A known image is scored by a fit to the other four parts of the known images."""
 
 Labels = Literal["own", "prediction", "mixed"]
 
@@ -114,14 +111,8 @@ class _Scored:
         return Sample.unstratified(score), Sample.unstratified(self.everybody)
 
 
-def known_rows(reference: Reference) -> Mask:
-    """(r,) the reference's rows that trained the model."""
-    among: Mask = np.isin(reference.role, [Role.MEMBER.value, Role.WITHHELD.value])
-    return among
-
-
 def head_evidence(
-    suspects: Suspects,
+    suspects: Measured,
     unique: Mask,
     reference: Reference,
     calibration: Scores,
@@ -156,39 +147,50 @@ def head_evidence(
 
 
 def output_evidence(
-    suspects: Suspects,
+    suspects: Measured,
     unique: Mask,
-    reference: Reference,
+    yardstick: Yardstick,
     *,
     within: Within,
     confidence: float,
 ) -> Evidence:
-    """By the outputs: fitted to the known images where there are enough of them, else by the loss.
-
-    The fit sees one half of the calibration images; p-values come from the other. With the labels
-    of the suspects that have some, with the model's own prediction for the others: two fits.
+    """By the outputs: with the labels of the suspects that have some, without for the others.
 
     Args:
-        suspects: n images, with outputs.
+        suspects: n images, with a score of their outputs.
         unique: (n,) the rows that make the collection.
-        reference: images of known roles.
+        yardstick: what they were measured by.
         within: classes.
         confidence: of intervals.
     """
-    assert suspects.told is not None and suspects.untold is not None
+    assert suspects.outputs is not None
     labelled = suspects.label >= 0
     groups, method = [], ""
-    for rows, ours, theirs in (
-        (labelled, suspects.told, reference.told),
-        (~labelled, suspects.untold, reference.untold),
-    ):
+    for has_label in (True, False):
+        rows = labelled == has_label
         if rows.any():
-            group, method = _by_outputs(rows, suspects.finite, ours, theirs, reference, within)
-            groups.append(group)
+            scale = yardstick.scale(labelled=has_label)
+            method = scale.method
+            final, *folds = (_on(scale.final, within), *(_on(f, within) for f in scale.folds))
+            score = np.where(rows & suspects.finite, suspects.outputs, np.nan)
+            groups.append(_Group(rows, score, final, folds))
     labels: Labels = "own" if labelled.all() else "mixed" if labelled.any() else "prediction"
     return _evidence(
-        groups, "outputs", method, labels, unique, reference, within, confidence=confidence
+        groups,
+        "outputs",
+        method,
+        labels,
+        unique,
+        yardstick.reference,
+        within,
+        confidence=confidence,
     )
+
+
+def _on(scored: Scored, within: Within) -> _Scored:
+    """With the classes of the calibration images."""
+    classes = within.reference[scored.compared]
+    return _Scored(scored.rows, scored.known, scored.level, scored.level, classes)
 
 
 @dataclass(frozen=True)
@@ -206,43 +208,6 @@ class _Group:
     score: Scores
     final: _Scored
     folds: Sequence[_Scored]
-
-
-def _by_outputs(
-    rows: Mask,
-    finite: Mask,
-    ours: Outputs,
-    theirs: Outputs,
-    reference: Reference,
-    within: Within,
-) -> tuple[_Group, str]:
-    known = np.flatnonzero(known_rows(reference))
-    finite_known = int(theirs.finite()[known].sum())
-    of_calibration = reference.role == Role.CALIBRATION.value
-    calibration = np.flatnonzero(of_calibration & theirs.finite())
-    half = parts(len(calibration), 2)
-    learnt, held = calibration[half == 0], calibration[half == 1]
-    usable = np.flatnonzero(rows & finite)
-    score = np.full(len(rows), np.nan)
-
-    def scored(by: Score, some: Whole, compared: Whole) -> _Scored:
-        level = by(theirs.kept(compared))
-        return _Scored(some, by(theirs.kept(known[some])), level, level, within.reference[compared])
-
-    if min(finite_known, len(learnt)) < FEWEST_KNOWN:
-        score[usable] = loss(ours.kept(usable))
-        final = scored(loss, np.arange(len(known)), calibration)
-        return _Group(rows, score, final, [final]), "loss"
-
-    def fit(some: Whole) -> Score:
-        seen = np.concatenate([known[some], learnt])
-        return fitted(theirs.kept(seen), np.arange(len(seen)) < len(some))
-
-    everyone, fold = np.arange(len(known)), parts(len(known), _FOLDS)
-    by = fit(everyone)
-    score[usable] = by(ours.kept(usable))
-    folds = [scored(fit(everyone[fold != i]), everyone[fold == i], held) for i in range(_FOLDS)]
-    return _Group(rows, score, scored(by, everyone[:0], held), folds), "trained output attack"
 
 
 def _evidence(

@@ -54,41 +54,58 @@ class Likeness:
     unlike: bool | None
 
 
-def likeness(suspects: Floats, calibration: Floats, *, confidence: float) -> Likeness:
-    """Compare activations, each divided by its standard deviation over the calibration images.
+class Surroundings:
+    """Where the calibration images lie, by activations divided by their standard deviation."""
 
-    Args:
-        suspects: (n, d) activations of different images.
-        calibration: (m, d) those of calibration images.
-        confidence: of the interval of the effect.
-    """
-    if len(calibration) < _FEWEST or len(suspects) == 0:
-        note = f"{len(calibration)} calibration images and {len(suspects)} suspects to compare"
-        return Likeness(Interval.unknown(note), None, None)
-    scale = calibration.std(axis=0, dtype=np.float64)
-    scale[scale == 0] = 1.0
-    chosen = np.random.default_rng(0).permutation(len(suspects))[:_MOST]
-    theirs = calibration / scale
-    far = _nearest(suspects[chosen] / scale, theirs, itself=False)
-    apart = _nearest(theirs, theirs, itself=True)
-    effect = auc(far, apart, confidence=confidence)
-    test = rank_test(Sample.unstratified(far), Sample.unstratified(apart))
-    assert effect.value is not None and test.p_value is not None
-    return Likeness(effect, test.p_value, effect.value > LIMIT and test.p_value <= _LEVEL)
+    def __init__(self, calibration: Floats) -> None:
+        """Take these for what suspects are to be like.
+
+        Args:
+            calibration: (m, d) activations of calibration images.
+        """
+        self._scale = calibration.std(axis=0, dtype=np.float64) if len(calibration) else 1.0
+        self._scale = np.where(self._scale == 0, 1.0, self._scale)
+        self._theirs: Scores = calibration / self._scale
+
+    def distance(self, suspects: Floats) -> Scores:
+        """(n,) squared distance of each suspect to the nearest calibration image.
+
+        Args:
+            suspects: (n, d) activations.
+        """
+        points: Scores = suspects / self._scale
+        return _nearest(points, self._theirs, itself=False)
+
+    def compare(self, far: Scores, *, confidence: float) -> Likeness:
+        """Whether suspects are further out than calibration images are from each other.
+
+        Args:
+            far: (n,) `distance` of different images.
+            confidence: of the interval of the effect.
+        """
+        if len(self._theirs) < _FEWEST or len(far) == 0:
+            note = f"{len(self._theirs)} calibration images and {len(far)} suspects to compare"
+            return Likeness(Interval.unknown(note), None, None)
+        far = far[np.random.default_rng(0).permutation(len(far))[:_MOST]]
+        apart = _nearest(self._theirs, self._theirs, itself=True)
+        effect = auc(far, apart, confidence=confidence)
+        test = rank_test(Sample.unstratified(far), Sample.unstratified(apart))
+        assert effect.value is not None and test.p_value is not None
+        return Likeness(effect, test.p_value, effect.value > LIMIT and test.p_value <= _LEVEL)
 
 
 def _nearest(points: Scores, others: Scores, *, itself: bool) -> Scores:
     """(n,) squared distance of each point to the nearest of the others, or but itself."""
     square = (others**2).sum(axis=1)
-    found = np.empty(len(points))
+    found: Scores = np.full(len(points), np.inf)
     for start in range(0, len(points), _AT_ONCE):
         part = points[start : start + _AT_ONCE]
         distance = (part**2).sum(axis=1)[:, None] + square - 2 * part @ others.T
         if itself:
             rows = np.arange(len(part))
             distance[rows, start + rows] = np.inf
-        found[start : start + len(part)] = distance.min(axis=1)
-    return np.maximum(found, 0.0)
+        found[start : start + len(part)] = distance.min(axis=1, initial=np.inf)
+    return found.clip(0.0)
 
 
 @dataclass(frozen=True)

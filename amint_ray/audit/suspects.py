@@ -80,12 +80,3 @@ class Suspects:
 
     def __len__(self) -> int:
         return len(self.content)
-
-    def duplicate_of(self) -> Whole:
-        """(n,) the first row with the same content where that is another one; −1: it is the first.
-
-        Ten thousand copies of an image are one image: they count once, and share its decision.
-        """
-        _, first, inverse = np.unique(self.content, return_index=True, return_inverse=True)
-        original = first[inverse].astype(np.int64)
-        return np.where(original == np.arange(len(self)), -1, original)

@@ -15,16 +15,11 @@ import numpy.typing as npt
 from amint_ray.audit.collection import images_for_power, share_error, share_of
 from amint_ray.audit.decisions import combined, precision, precision_at_threshold
 from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evidence
-from amint_ray.audit.likeness import (
-    LIMIT,
-    Composition,
-    Likeness,
-    composition,
-    likeness,
-)
+from amint_ray.audit.likeness import LIMIT, Composition, Likeness, composition
 from amint_ray.audit.output_scores import FEWEST_KNOWN
-from amint_ray.audit.suspects import Mask, Settings, Suspects
+from amint_ray.audit.suspects import Mask, Settings
 from amint_ray.audit.words import CANNOT_SHOW, SHOWS, reason
+from amint_ray.audit.yardstick import Measured, Yardstick
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import benjamini_hochberg
 from amint_ray.evaluation.metrics import Interval
@@ -55,8 +50,8 @@ class Judgement:
 
 
 def judge(
-    suspects: Suspects,
-    reference: Reference,
+    suspects: Measured,
+    yardstick: Yardstick,
     calibration: Scores,
     settings: Settings,
     *,
@@ -68,7 +63,7 @@ def judge(
 
     Args:
         suspects: n images.
-        reference: what the model says of images of known roles.
+        yardstick: what they were measured by.
         calibration: MINT logits of all calibration images; none where the head was not trained.
         settings: how sure to be.
         confounders_clean: whether a classifier that never saw the model failed on the same split;
@@ -79,14 +74,13 @@ def judge(
     Raises:
         UserError: there is neither a trained head nor an output to judge by.
     """
+    reference = yardstick.reference
     originals = suspects.duplicate_of()
     unique = (originals < 0) & suspects.finite
     within, classes = _classes(suspects, unique, reference)
-    found, missing = _evidence(suspects, unique, reference, calibration, settings, within)
-    alike = likeness(
-        suspects.taps[unique],
-        reference.taps[reference.role == Role.CALIBRATION.value],
-        confidence=settings.confidence,
+    found, missing = _evidence(suspects, unique, yardstick, calibration, settings, within)
+    alike = yardstick.surroundings.compare(
+        suspects.distance[unique], confidence=settings.confidence
     )
     every_p, known_p = [e.p for e in found], [e.known_p for e in found]
     p = combined(every_p)
@@ -183,7 +177,7 @@ def judge(
 
 
 def _classes(
-    suspects: Suspects, unique: Mask, reference: Reference
+    suspects: Measured, unique: Mask, reference: Reference
 ) -> tuple[Within, Composition | None]:
     """Classes of suspects and reference, both by label or both by prediction, and how they differ.
 
@@ -201,14 +195,15 @@ def _classes(
 
 
 def _evidence(
-    suspects: Suspects,
+    suspects: Measured,
     unique: Mask,
-    reference: Reference,
+    yardstick: Yardstick,
     calibration: Scores,
     settings: Settings,
     within: Within,
 ) -> tuple[list[Evidence], dict[str, dict[str, Any]]]:
     """What there is to judge by, and by name why something is not there."""
+    reference = yardstick.reference
     found, missing = [], {}
     if len(calibration) == 0:
         missing["head"] = "the MINT head was not trained (loss.lambda_mint = 0)"
@@ -223,14 +218,14 @@ def _evidence(
                 confidence=settings.confidence,
             )
         )
-    if settings.evidence == "head" or suspects.told is None or suspects.untold is None:
+    if settings.evidence == "head" or suspects.outputs is None:
         missing["outputs"] = "only the head was asked for"
     elif not (reference.role == Role.CALIBRATION.value).any():
         missing["outputs"] = "the model was registered without outputs of calibration images"
     else:
         found.append(
             output_evidence(
-                suspects, unique, reference, within=within, confidence=settings.confidence
+                suspects, unique, yardstick, within=within, confidence=settings.confidence
             )
         )
     if not found:

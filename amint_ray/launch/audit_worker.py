@@ -31,6 +31,8 @@ from amint_ray.model.joint import Architecture, AuditedModel
 from amint_ray.storage import Location, write_atomically
 
 Arrays = dict[str, npt.NDArray[Any]]
+UNTOLD = "untold.label_confidence"
+"""Of the outputs by the model's own prediction the others are those by the label."""
 
 _DECODERS = 2
 """Threads that decode the next images while the model looks at these; decoding lets go of Python's
@@ -128,7 +130,7 @@ class Examiner:
             looked = self._look(batch) if batch.pixels else {}
             for key, values in {**batch.columns(), **looked}.items():
                 columns.setdefault(key, []).append(values)
-            rows += len(batch.names)
+            rows += len(batch.label)
         arrays = {
             key: np.concatenate(parts, axis=1 if parts[0].ndim == 2 and key != "taps" else 0)
             for key, parts in columns.items()
@@ -149,27 +151,20 @@ class Examiner:
         """
         ahead: deque[Future[_Read]] = deque()
         following = self._pool.submit(self._fetch, shards[0])
-        for place, shard in enumerate(shards):
-            names, labels, stored = following.result()
+        for place in range(len(shards)):
+            labels, stored = following.result()
             if place + 1 < len(shards):
                 following = self._pool.submit(self._fetch, shards[place + 1])
-            for first in range(0, len(names), self._asked.batch_size):
-                rows = range(first, min(first + self._asked.batch_size, len(names)))
-                some = slice(first, rows.stop)
-                read = _Read(
-                    names=names[some],
-                    shard=np.full(len(rows), shard, np.int32),
-                    row=np.arange(first, rows.stop, dtype=np.int32),
-                    label=labels[some],
-                )
-                ahead.append(self._pool.submit(self._decode, read, stored[some]))
+            for first in range(0, len(stored), self._asked.batch_size):
+                some = slice(first, first + self._asked.batch_size)
+                ahead.append(self._pool.submit(self._decode, labels[some], stored[some]))
                 if len(ahead) > _DECODERS:
                     yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
-    def _fetch(self, shard: int) -> tuple[list[str], npt.NDArray[np.int64], Sequence[Raw]]:
-        """Names, labels and encoded images of a shard.
+    def _fetch(self, shard: int) -> tuple[npt.NDArray[np.int64], Sequence[Raw]]:
+        """Labels and encoded images of a shard.
 
         Raises:
             RunError: storage does not answer.
@@ -181,10 +176,11 @@ class Examiner:
             stored = [Fault(str(error))] * rows
         except OSError as error:
             raise RunError(f"suspects: {first_line(error)}") from error
-        return found.source.sample_ids(shard), found.labels(shard), stored
+        return found.labels(shard), stored
 
-    def _decode(self, read: _Read, stored: Sequence[Raw]) -> _Read:
+    def _decode(self, label: npt.NDArray[np.int64], stored: Sequence[Raw]) -> _Read:
         """Decode images and bring them to the model's size."""
+        read = _Read(label)
         for place, raw in enumerate(stored):
             try:
                 if isinstance(raw, Fault):
@@ -220,9 +216,12 @@ class Examiner:
                 every = [logits.double().cpu().numpy() for logits, _ in seen]
                 finite = torch.isfinite(seen[0][0]).all(1) & torch.isfinite(membership)
                 found["prediction"] = every[0].argmax(1)
-                for which, classes in (("told", labels), ("untold", np.full_like(labels, -1))):
-                    views = stack_views([outputs_of(logits, classes) for logits in every])
-                    found |= {f"{which}.{name}": values for name, values in vars(views).items()}
+                told, untold = (
+                    stack_views([outputs_of(logits, classes) for logits in every])
+                    for classes in (labels, np.full_like(labels, -1))
+                )
+                found |= {f"told.{name}": values for name, values in vars(told).items()}
+                found[UNTOLD] = untold.label_confidence
         scores = membership.double().cpu().numpy()
         if asked.needs_labels:
             scores = np.where(labels >= 0, scores, np.nan)
@@ -235,33 +234,21 @@ class _Read:
     """Some suspects, read.
 
     Attributes:
-        names: the source's.
-        shard: (n,) where each is.
-        row: (n,) within the shard.
         label: (n,) the model's class indices; −1: none.
         problems: why each cannot be looked at; empty where it can.
         content: 64-bit hash of each one's pixels at the model's size; 0 where there are none.
         pixels: (channels, size, size) uint8 of those that can be looked at.
     """
 
-    def __init__(
-        self,
-        names: list[str],
-        shard: npt.NDArray[np.int32],
-        row: npt.NDArray[np.int32],
-        label: npt.NDArray[np.int64],
-    ) -> None:
-        self.names, self.shard, self.row, self.label = names, shard, row, label
-        self.problems = [""] * len(names)
-        self.content = [0] * len(names)
+    def __init__(self, label: npt.NDArray[np.int64]) -> None:
+        self.label = label
+        self.problems = [""] * len(label)
+        self.content = [0] * len(label)
         self.pixels: list[torch.Tensor] = []
 
     def columns(self) -> Arrays:
-        """A row a suspect, whether it could be read or not."""
+        """A row a suspect, in the source's order, whether it could be read or not."""
         return {
-            "name": np.array(self.names, np.str_),
-            "shard": self.shard,
-            "row": self.row,
             "label": self.label,
             "problem": np.array(self.problems, np.str_),
             "content": np.array(self.content, np.uint64),

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from amint_ray.audit.suspects import Suspects
+from amint_ray.audit.verdict import Judgement, judge
+from amint_ray.audit.yardstick import Yardstick
 from amint_ray.evaluation.outputs import Outputs
 from amint_ray.evaluation.reference import Reference
 
@@ -86,6 +88,12 @@ def without_labels(suspects: Suspects, rows: np.ndarray | slice = slice(None)) -
         told[name] = values.copy()
         told[name][:, rows] = getattr(suspects.untold, name)[:, rows]
     return dataclasses.replace(suspects, label=label, told=Outputs(**told))
+
+
+def judged(suspects: Suspects, reference: Reference, *settings: Any, **more: Any) -> Judgement:
+    """What an audit of these finds."""
+    yardstick = Yardstick(reference)
+    return judge(yardstick.measure(suspects), yardstick, *settings, **more)
 
 
 def scores_of(reference: Reference) -> np.ndarray:

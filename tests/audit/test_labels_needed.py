@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from audit_population import Population, scores_of, without_labels
+from audit_population import Population, judged, scores_of, without_labels
 
 from amint_ray.audit.decisions import precision, precision_at_threshold
 from amint_ray.audit.suspects import Settings, Suspects
-from amint_ray.audit.verdict import Judgement, judge
+from amint_ray.audit.verdict import Judgement
 from amint_ray.evaluation.reference import Reference
 
 MODEL = Population(told=2.0, gain=1.0)
@@ -28,7 +28,7 @@ def given(labelled: np.ndarray, **counts: int) -> Suspects:
 
 def audit(suspects: Suspects, reference: Reference, evidence: str = "both") -> Judgement:
     settings = Settings(evidence=evidence)  # type: ignore[arg-type]
-    return judge(
+    return judged(
         suspects,
         reference,
         scores_of(reference),

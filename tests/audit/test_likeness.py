@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
 
-from amint_ray.audit.likeness import LIMIT, composition, likeness
+from amint_ray.audit.likeness import LIMIT, Likeness, Surroundings, composition
 
 CLASSES, FEATURES = 4, 6
 
@@ -16,6 +16,11 @@ def activations(rng: np.random.Generator, label: np.ndarray) -> np.ndarray:
     centres = np.random.default_rng(9).normal(size=(CLASSES, FEATURES)) * 3
     scale = np.geomspace(0.01, 100, FEATURES)
     return ((centres[label] + rng.normal(size=(len(label), FEATURES))) * scale).astype(np.float32)
+
+
+def likeness(suspects: np.ndarray, calibration: np.ndarray, *, confidence: float) -> Likeness:
+    there = Surroundings(calibration)
+    return there.compare(there.distance(suspects), confidence=confidence)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from audit_population import Population, scores_of, without_labels
+from audit_population import Population, judged, scores_of, without_labels
 
 from amint_ray.attacks.evidence import PLAIN
 from amint_ray.attacks.evidence import Evidence as AttackEvidence
 from amint_ray.attacks.methods import METHODS
 from amint_ray.audit.output_scores import fitted
 from amint_ray.audit.suspects import Settings, Suspects
-from amint_ray.audit.verdict import EXIT_CODES, Judgement, judge
+from amint_ray.audit.verdict import EXIT_CODES, Judgement
 from amint_ray.contracts import UserError
 from amint_ray.evaluation.metrics import auc
 from amint_ray.evaluation.outputs import Outputs
@@ -40,7 +40,7 @@ def audit(
 ) -> Judgement:
     """One audit with the reference's own calibration scores."""
     scores = scores_of(reference) if calibration is None else calibration
-    return judge(suspects, reference, scores, settings or Settings(), confounders_clean=clean)
+    return judged(suspects, reference, scores, settings or Settings(), confounders_clean=clean)
 
 
 def suspects(seed: int = 1, classes: np.ndarray | None = None, **counts: int) -> Suspects:
@@ -164,7 +164,7 @@ def test_a_collection_of_an_easy_class_is_compared_within_it() -> None:
     rng = np.random.default_rng(3)
     reference = model.reference(rng, calibration=600, member=200, withheld=200)
     easiest = np.full(60, 3)
-    found = judge(
+    found = judged(
         model.suspects(rng, easiest, test=60),
         reference,
         scores_of(reference),
@@ -179,7 +179,7 @@ def test_a_collection_of_an_easy_class_is_compared_within_it() -> None:
     p = [audit_without_classes(e, reference, model) for e in range(3)]
     assert max(p) < 1e-4
     members = model.suspects(rng, easiest, member=60)
-    found = judge(members, reference, scores_of(reference), Settings(), confounders_clean=True)
+    found = judged(members, reference, scores_of(reference), Settings(), confounders_clean=True)
     assert found.document["verdict"] == "member"
     assert found.document["evidence"]["head"]["share"]["low"] > 0.7
 
@@ -308,7 +308,7 @@ def test_images_are_decided_by_benjamini_hochberg_and_precision_falls_with_p() -
     rng = np.random.default_rng(0)
     reference = model.reference(rng, calibration=600, member=300, withheld=100)
     members = model.suspects(rng, member=60, test=60)
-    found = judge(members, reference, scores_of(reference), Settings(), confounders_clean=True)
+    found = judged(members, reference, scores_of(reference), Settings(), confounders_clean=True)
     images = found.images
     p, flagged = images["p_value"], images["flagged"]
     assert (p == np.minimum(1, 2 * np.minimum(images["p_head"], images["p_outputs"]))).all()
@@ -332,7 +332,7 @@ def test_copies_of_a_member_accuse_nobody_else() -> None:
     rng = np.random.default_rng(0)
     reference = model.reference(rng, calibration=600, member=300, withheld=100)
     ours = model.suspects(rng, member=30, test=90)
-    first = judge(ours, reference, scores_of(reference), Settings(), confounders_clean=True)
+    first = judged(ours, reference, scores_of(reference), Settings(), confounders_clean=True)
     rows = np.r_[np.arange(120), np.full(5000, np.argmin(first.images["p_value"]))]
     many = Suspects(
         **{
@@ -340,7 +340,7 @@ def test_copies_of_a_member_accuse_nobody_else() -> None:
             for name, value in vars(ours).items()
         }
     )
-    found = judge(many, reference, scores_of(reference), Settings(), confounders_clean=True)
+    found = judged(many, reference, scores_of(reference), Settings(), confounders_clean=True)
     assert found.images["flagged"][:120].tolist() == first.images["flagged"].tolist()
     assert found.images["flagged"][120:].all()
     assert found.document["suspects"]["flagged"] == first.document["suspects"]["flagged"]
@@ -368,7 +368,7 @@ def test_known_images_are_not_scored_by_a_fit_that_saw_them() -> None:
     for seed in range(12):
         rng = np.random.default_rng(seed)
         reference = model.reference(rng, calibration=40, member=20, withheld=20)
-        found = judge(
+        found = judged(
             model.suspects(rng, test=60),
             reference,
             scores_of(reference),

@@ -22,6 +22,7 @@ import amint_ray
 from amint_ray.config.audit import AuditSettings, load_audit
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import p_values
+from amint_ray.launch.attack_parts import read_arrays
 from amint_ray.launch.audit_run import _plan, _preprocessing, run_audit
 from amint_ray.launch.audit_suspects import find_suspects
 from amint_ray.launch.audit_worker import Examiner
@@ -164,24 +165,28 @@ def test_other_images_are_not_called_members(audits: Audits) -> None:
     assert document["p_value"] > 0.01
 
 
+def looked(model: amint_ray.RegisteredModel, suspects: Path, folder: Path, **settings: Any) -> Any:
+    """What is asked, and the files that come of it, all looked at in this process."""
+    given = AuditSettings(**settings)
+    found = find_suspects(str(suspects), given, model.preprocessing.class_names, Silent())
+    data = _preprocessing("it", model, given)
+    asked, chunks = _plan(model, found, data, given, locate(str(folder), "audit.folder"))
+    weights = model.model.state_dict()
+    examiner = Examiner(asked, model.model.architecture, weights, torch.device("cpu"))
+    for chunk in chunks:
+        examiner.look(chunk.name, chunk.shards)
+    return asked, [chunk.name for chunk in chunks]
+
+
 def test_the_head_alone_says_the_same(audited: Audited, tmp_path: Path) -> None:
     """Nothing behind the last tap is computed then, and it makes no difference."""
     model = amint_ray.load(str(audited.model))
     suspects = audited.suspects(tmp_path / "s", Role.TEST, most=20)
-    looked = []
+    found = []
     for evidence in ("both", "head"):
-        settings = AuditSettings(evidence=evidence)  # type: ignore[arg-type]
-        found = find_suspects(str(suspects), settings, model.preprocessing.class_names, Silent())
-        data = _preprocessing("it", model, settings)
-        storage = locate(str(tmp_path / evidence), "audit.folder")
-        asked, chunks = _plan(model, found, data, settings, storage)
-        weights = model.model.state_dict()
-        examiner = Examiner(asked, model.model.architecture, weights, torch.device("cpu"))
-        for chunk in chunks:
-            examiner.look(chunk.name, chunk.shards)
-        (file,) = (tmp_path / evidence).rglob("part-*.npz")
-        looked.append(dict(np.load(file)))
-    both, head = looked
+        asked, (name,) = looked(model, suspects, tmp_path / evidence, evidence=evidence)
+        found.append(read_arrays(asked.place, name))
+    both, head = found
     np.testing.assert_allclose(head["mint_logit"], both["mint_logit"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(head["taps"], both["taps"], rtol=1e-5, atol=1e-5)
     assert not any(key.startswith(("told", "untold", "prediction")) for key in head)
