@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from amint_ray.audit.yardstick import Yardstick
 from amint_ray.config.audit import AuditSettings
 from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
 from amint_ray.evaluation.metrics import Interval, auc
+from amint_ray.launch.attack_parts import fingerprint_of
 from amint_ray.launch.audit_images import Images, read_parts
 from amint_ray.launch.audit_worker import Asked
 from amint_ray.storage import Location, write_atomically
@@ -110,7 +111,10 @@ def conclude(
         "version": f"amint_ray {version('amint_ray')}",
     }
     watcher.phase("writing the report")
-    place = asked.place
+    # What was found of the suspects is the same whatever it is judged by; the report is not.
+    place = asked.place.below(
+        fingerprint_of({"model": uri, "suspects": asked.found.uri, **asdict(judged), **given})[:8]
+    )
     with TemporaryDirectory(prefix="amint-audit-") as name:
         folder = Path(name)
         chosen = images.chosen()
@@ -200,7 +204,8 @@ def _tell_mlflow(
     place: Location, folder: Path, run_id: str, document: Mapping[str, Any], watcher: Watcher
 ) -> bool:
     """Add the report to the model's run; what MLflow does not take is said."""
-    artifacts = f"audits/{place.path.rsplit('/', 1)[-1][:12]}"
+    audit, settings = place.path.rsplit("/", 2)[1:]
+    artifacts = f"audits/{audit[:8]}-{settings}"
     try:
         asking(open_mlflow().log_artifacts, run_id, str(folder), artifacts)
     except UserError as error:

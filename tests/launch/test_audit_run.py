@@ -19,14 +19,18 @@ from launch.silent import Silent
 from PIL import Image
 
 import amint_ray
+from amint_ray.audit.suspects import Settings
 from amint_ray.config.audit import AuditSettings, load_audit
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import p_values
+from amint_ray.evaluation.metrics import Interval
 from amint_ray.launch.attack_parts import read_arrays
+from amint_ray.launch.audit_result import Origin, _confounders, conclude
 from amint_ray.launch.audit_run import _plan, _preprocessing, run_audit
 from amint_ray.launch.audit_suspects import find_suspects
 from amint_ray.launch.audit_worker import Examiner
 from amint_ray.storage import locate
+from amint_ray.tracking.folder import Confounders
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 
@@ -190,6 +194,47 @@ def test_the_head_alone_says_the_same(audited: Audited, tmp_path: Path) -> None:
     np.testing.assert_allclose(head["mint_logit"], both["mint_logit"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(head["taps"], both["taps"], rtol=1e-5, atol=1e-5)
     assert not any(key.startswith(("told", "untold", "prediction")) for key in head)
+
+
+def test_each_way_to_judge_the_same_images_has_its_own_report(
+    audited: Audited, tmp_path: Path
+) -> None:
+    model = amint_ray.load(str(audited.model))
+    suspects = audited.suspects(tmp_path / "s", Role.TEST, most=20)
+    asked, parts = looked(model, suspects, tmp_path / "a")
+    confounded = Origin(None, {"amint.confounded": "true"}, {})
+    documents = [
+        conclude(
+            asked,
+            parts,
+            model,
+            judged,
+            AuditSettings(),
+            origin,
+            Silent(),
+            uri="it",
+            every=False,
+            seconds={},
+        )
+        for judged, origin in (
+            (Settings(fdr=0.05), Origin(None, {}, {})),
+            (Settings(fdr=0.2), Origin(None, {}, {})),
+            (Settings(fdr=0.05), confounded),
+        )
+    ]
+    first, second, again = (document["report"] for document in documents)
+    assert first == again != second
+    for document, fdr in zip(documents, (0.05, 0.2, 0.05), strict=True):
+        kept = json.loads(Path(document["report"]).with_name("audit.json").read_text())
+        assert kept["fdr"] == fdr
+        assert kept["model"]["registered"] == model.registered
+        assert len(kept["images"]) == 20
+    # This model keeps nothing of its split, but what its run says counts.
+    codes = [[r["code"] for r in each["reasons"] + each["reservations"]] for each in documents]
+    assert "confounders_unknown" in codes[0] and "confounded" in codes[2]
+    model.confounders = Confounders(True, Interval(0.5, 0.4, 0.6))
+    kept = _confounders(model, confounded)
+    assert (kept.clean, kept.blind.value) == (True, 0.5)
 
 
 @pytest.mark.parametrize(
