@@ -33,6 +33,7 @@ class Claim:
         self.place, self._what = place, what
         self._before: bytes | None = None
         self._token, self._claimed = "", 0.0
+        self._found_parent = True
 
     def look(self, watcher: Watcher, *, wait: bool = True) -> None:
         """See that no other driver is at work; waits where one was, to see whether it lives.
@@ -62,6 +63,7 @@ class Claim:
         if beats(self.place).get(_DRIVER) != self._before:
             raise self._at_work()
         self._token = secrets.token_hex(8)
+        self._found_parent = self.place.remote or Path(self.place.path).parent.exists()
         with beating(self.place, _DRIVER) as sign:
             try:
                 with write_atomically(self.place, _CLAIM) as file:
@@ -97,14 +99,18 @@ class Claim:
             return False
 
     def leave(self) -> None:
-        """Take back what was written; a folder that has nothing else in it goes, too."""
+        """Take back what was written; a folder that has nothing else in it goes, too.
+
+        So does the one that it is in, but only where that came with it: who made it may want it.
+        """
         for name in (f"{_DRIVER}.json", _CLAIM):
             with contextlib.suppress(OSError):
                 delete(self.place, name)
         if not self.place.remote:
             with contextlib.suppress(OSError):  # there is more in it
                 Path(self.place.path).rmdir()
-                Path(self.place.path).parent.rmdir()
+                if not self._found_parent:
+                    Path(self.place.path).parent.rmdir()
 
     def _at_work(self) -> UserError:
         return UserError(

@@ -87,6 +87,16 @@ def test_what_a_driver_leaves(place: Location) -> None:
     again.leave()  # which is no mistake
 
 
+def test_a_folder_that_was_there_before_stays(place: Location) -> None:
+    parent = Path(place.path).parent
+    parent.mkdir()
+    claim = looked(place)
+    with claim.held():
+        pass
+    claim.leave()
+    assert list(parent.iterdir()) == []
+
+
 def test_storage_that_takes_no_files(place: Location) -> None:
     claim = looked(place)
     Path(place.path).parents[1].mkdir(exist_ok=True)
