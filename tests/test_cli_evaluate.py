@@ -177,6 +177,12 @@ def test_seeds_of_one_recipe_are_combined(
     assert found["combined"]["figures"]["membership"]["member"]["compared"]["seeds"] == 2
     groups = found["combined"]["groups"]["groups"]
     assert [group["group"] for group in groups] == ["right", "wrong"]
+    # The same document with either run, whichever was told first.
+    kept = {
+        (artifacts_of(model["run_id"]) / model["artifacts"] / "evaluation.json").read_text()
+        for model in found["models"]
+    }
+    assert len(kept) == 1
     shown = printed(found)
     for line in LINES:
         assert line in shown

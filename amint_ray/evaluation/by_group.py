@@ -139,10 +139,12 @@ def group_figures(
 
 
 def _in_order(groups: Names) -> Iterator[str]:
-    """Names, numbers by their size."""
+    """Names, whole numbers by their size."""
     names = [name for name in np.unique(groups).tolist() if name != NONE]
-    numbers = all(name.isdecimal() for name in names)
-    yield from sorted(names, key=int) if numbers else names
+    if all(name.isascii() and name.isdecimal() for name in names):
+        # Not by `int`, which refuses a name of thousands of digits.
+        names.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
+    yield from names
 
 
 def _figures(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -147,7 +145,8 @@ def ask_on_ray(
         check_same(earlier, manifest)
         attack = _attack(with_streams(config, workers=1), manifest, checked.storage, target.digest)
         plan = _plan(attack, asked, given, checked.storage)
-        with _alone_at(attack, watcher, asked):
+        # Scores made anew are files, too, which another evaluation would take for its own.
+        with alone_at(attack.place, "evaluate", watcher):
             data = put_data(attack.config, dataset)
             dataset = None  # Ray's object store then has the images, and this process no more
             if given is not None:
@@ -165,16 +164,6 @@ def ask_on_ray(
             for task in plan.scores:  # the next time they are to be made anew, too
                 _forget(task.part)
     return Answered(anew, controls)
-
-
-@contextmanager
-def _alone_at(attack: AttackPlan, watcher: Watcher, asked: Asked) -> Iterator[None]:
-    """Hold the attack's folder where parts of it are trained."""
-    if not asked.full:
-        yield
-        return
-    with alone_at(attack.place, "evaluate", watcher):
-        yield
 
 
 def _attack(config: Config, manifest: Manifest, storage: Location, digest: str) -> AttackPlan:

@@ -21,31 +21,44 @@ from amint_ray.tracking.versions import asking, open_mlflow
 DOCUMENT = "evaluation.json"
 
 
-def record_evaluation(
-    one: Mapping[str, Any], table: ScoreTable, document: Mapping[str, Any], watcher: Watcher
-) -> dict[str, Any]:
-    """Draw a model's pictures, and add them and the whole document to its run's artifacts.
+def name_evaluation(document: Mapping[str, Any]) -> str:
+    """The folder of an evaluation among its runs' artifacts.
 
-    The folder is named by what the document says: the same evaluation is recorded once.
+    It is named by what the document says: the same evaluation is recorded once.
+    """
+    return f"evaluations/{hashlib.sha256(_text(document).encode()).hexdigest()[:12]}"
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2)
+
+
+def record_evaluation(
+    one: Mapping[str, Any],
+    table: ScoreTable,
+    document: Mapping[str, Any],
+    artifacts: str,
+    watcher: Watcher,
+) -> bool:
+    """Draw a model's pictures, and add them and the whole document to its run's artifacts.
 
     Args:
         one: the model's part of the document.
         table: the scores it was made of.
-        document: of all models.
+        document: of all models, the same for each of them.
+        artifacts: the folder.
         watcher: is told where MLflow does not take them.
 
     Returns:
-        `artifacts` and `recorded`.
+        Whether it did.
     """
     from mlflow.entities import RunTag
 
     watcher.phase("recording")
-    text = json.dumps(document, indent=2)
-    artifacts = f"evaluations/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     head_trained = one["figures"]["membership"]["member"]["auc"]["value"] is not None
     with tempfile.TemporaryDirectory(prefix="amint-evaluation-") as name:
         folder = Path(name)
-        (folder / DOCUMENT).write_text(text)
+        (folder / DOCUMENT).write_text(_text(document))
         pictures = {"scores": score_histograms(table), "roc": roc_curves(table, one["figures"])}
         if head_trained:
             pictures["calibration"] = calibration_curve(table, one["figures"])
@@ -59,5 +72,5 @@ def record_evaluation(
             asking(client.log_batch, one["run_id"], tags=tags)
         except UserError as error:
             watcher.notice(f"{error}; the same command records the evaluation again")
-            return {"artifacts": artifacts, "recorded": False}
-    return {"artifacts": artifacts, "recorded": True}
+            return False
+    return True

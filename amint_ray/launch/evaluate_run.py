@@ -16,7 +16,7 @@ from amint_ray.evaluation.report import evaluate, four_lines
 from amint_ray.evaluation.scores import compare_scores
 from amint_ray.evaluation.seeds import groups_over_seeds, over_seeds
 from amint_ray.launch.earlier import check_overrides
-from amint_ray.launch.evaluate_result import record_evaluation
+from amint_ray.launch.evaluate_result import name_evaluation, record_evaluation
 from amint_ray.launch.evaluate_saved import PURPOSE, Saved, check_alike, fetch_saved
 from amint_ray.tracking.versions import open_mlflow
 
@@ -89,8 +89,10 @@ def run_evaluate(
         "combined": _combined(documents, confidence) if len(documents) > 1 else None,
         "confidence": confidence,
     }
-    for each, table in evaluated:
-        each |= record_evaluation(each, table, document, watcher)
+    artifacts = name_evaluation(document)
+    recorded = [record_evaluation(*each, document, artifacts, watcher) for each in evaluated]
+    for each, done in zip(documents, recorded, strict=True):
+        each |= {"artifacts": artifacts, "recorded": done}
     return {**document, "seconds": {"total": time.perf_counter() - started}}
 
 

@@ -164,3 +164,11 @@ def test_a_file_that_gives_no_groups(
 def test_groups_of_other_samples() -> None:
     with pytest.raises(UserError, match="none of the run's samples is in it; it has 'x', the run"):
         groups_from(made(), {"x": "y"}, where="--groups=f.csv")
+
+
+def test_numbers_are_in_the_order_of_their_size_however_long() -> None:
+    table = made(each=20)
+    names = ["10", "9", "010", "1" + "0" * 5000]
+    groups = np.array(names)[np.arange(len(table)) % 4]
+    found = group_figures(table, groups, CONFIG, head_trained=True)["groups"]
+    assert [group["group"] for group in found] == ["9", "010", "10", names[-1]]
