@@ -23,6 +23,8 @@ _EXACT_CELLS = 100_000
 """Pairs of a suspect and a calibration image up to which the null distribution is counted out."""
 _FEW = 20
 """Images of the smaller side up to which ties are broken against the suspects."""
+_EXACT_CELLS_OF_FEW = 1_000_000
+"""Pairs up to which it is counted out where one side has so few, whose mean is not quite normal."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ def rank_test(suspects: Sample, calibration: Sample) -> RankTest:
     """Mann and Whitney's test (Annals of Mathematical Statistics 18, 1947), ranks within strata.
 
     The calibration's own sampling error counts as much as the suspects'. In one stratum the null
-    distribution is exact for up to 100,000 pairs; ties are broken against the suspects where one
-    side has few images, which keeps it valid. Elsewhere it is the normal distribution with tie and
-    continuity correction.
+    distribution is exact for up to 100,000 pairs, a million where one side has few images, and for
+    a single suspect; ties are broken against the suspects where one side has few, which keeps it
+    valid. Elsewhere it is the normal distribution with tie and continuity correction.
     """
     codes, n = np.unique(suspects.stratum, return_counts=True)
     at = np.minimum(np.searchsorted(codes, calibration.stratum), max(0, len(codes) - 1))
@@ -141,7 +143,7 @@ def rank_test(suspects: Sample, calibration: Sample) -> RankTest:
     effective = 1 / float((weight**2 / m).sum())
     n_all = int(n.sum())
     tied = bool((size > 1).any())
-    if len(n) == 1 and n_all * m[0] <= _EXACT_CELLS and (not tied or min(n_all, m[0]) <= _FEW):
+    if len(n) == 1 and _counted_out(n_all, int(m[0])) and (not tied or min(n_all, m[0]) <= _FEW):
         strict = round(u[usable][0]) if not tied else _strictly_above(of, value, suspect, usable)
         p = float(exact_tail(n_all, int(m[0]))[strict])
     else:
@@ -151,6 +153,12 @@ def rank_test(suspects: Sample, calibration: Sample) -> RankTest:
         # Of the logarithm, so that a p-value below 1e-300 is small and not 0.
         p = math.exp(float(log_ndtr(-excess / spread))) if spread > 0 else 1.0
     return RankTest(min(1.0, p), statistic, n_all, effective)
+
+
+def _counted_out(n: int, m: int) -> bool:
+    """Whether the null distribution is counted out for n suspects and m calibration images."""
+    few = min(n, m)
+    return few == 1 or n * m <= (_EXACT_CELLS_OF_FEW if few <= _FEW else _EXACT_CELLS)
 
 
 def _strictly_above(of: Whole, value: Scores, suspect: Mask, usable: Mask) -> int:
@@ -197,7 +205,7 @@ def critical_share(n: int, m: float, alpha: float) -> float:
         Above 1 where no outcome reaches the level.
     """
     whole = int(m)
-    if n * whole <= _EXACT_CELLS and whole > 0:
+    if whole > 0 and _counted_out(n, whole):
         reached = np.flatnonzero(exact_tail.__wrapped__(n, whole) <= alpha)
         return float(reached[0]) / (n * whole) if len(reached) else math.inf
     spread = math.sqrt((n + m + 1) / (12 * n * m))

@@ -121,6 +121,17 @@ def test_images_of_a_class_without_calibration_are_not_compared() -> None:
     assert rank_test(plain(np.empty(0)), calibration).p_value is None
 
 
+def test_few_suspects_among_very_many_images_are_not_taken_for_normal() -> None:
+    """One rank is uniform, and the sum of two has a triangle for its density."""
+    m = 200_000
+    many = plain(np.arange(m, dtype=float))
+    one = rank_test(plain(np.array([0.9 * m - 0.5])), many).p_value
+    assert one == pytest.approx(0.1, rel=1e-4)  # by the normal distribution 0.08
+    assert critical_share(1, m, 0.1) == pytest.approx(0.9, rel=1e-4)
+    two = rank_test(plain(np.array([0.75, 0.85]) * m - 0.5), many).p_value
+    assert two == pytest.approx(0.4**2 / 2, rel=1e-3)
+
+
 def test_a_tiny_p_value_is_not_nought() -> None:
     p = rank_test(plain(np.arange(900.0) + 900), plain(np.arange(900.0))).p_value
     assert p is not None
