@@ -23,6 +23,7 @@ _LINES = {
     "withheld": "MINT head, training images it was not told of",
     "blind": "blind classifier, members against test",
     "loss": "loss, training images the head was not told of",
+    "loss_member": "loss, members",
 }
 
 

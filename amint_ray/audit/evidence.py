@@ -259,12 +259,21 @@ def _evidence(
         ),
         compared=compared,
         calibration=min((test.calibration for test in tests if test.compared), default=0.0),
-        fewest=min(len(group.final.everybody) for group in groups),
+        fewest=min(_fewest(group, within) for group in groups),
         known_role=reference.role[known_rows(reference)],
         known_share=share,
         known_p=known_p,
         auc=areas,
     )
+
+
+def _fewest(group: _Group, within: Within) -> int:
+    """Calibration images that a p-value of the group's images comes from, at the least."""
+    if not within.image:
+        return len(group.final.everybody)
+    asked = np.unique(within.suspects[np.isfinite(group.score)])
+    there, counts = np.unique(group.final.classes, return_counts=True)
+    return int(counts[np.isin(there, asked)].min(initial=len(group.final.classes)))
 
 
 def _of_known(

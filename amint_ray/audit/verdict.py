@@ -105,6 +105,7 @@ def judge(
         settings,
         powered=powered,
         silent=silent,
+        within=within.collection,
     )
     if reasons or p_value is None:
         verdict = "no_verdict"
@@ -134,7 +135,7 @@ def judge(
             else _part(next(e for e in found if e.name == name), shares[name], settings, len(found))
             for name in ("head", "outputs")
         },
-        "power": {"target": settings.power, **needed},
+        "power": {"target": settings.power, "of": role.value, **needed},
         "unlike": {
             "effect": alike.effect.as_dict(),
             "limit": LIMIT,
@@ -325,6 +326,7 @@ def _reasons(
     *,
     powered: bool,
     silent: int,
+    within: bool,
 ) -> list[dict[str, str]]:
     """Why there is no verdict; none where there is one."""
     found = []
@@ -338,5 +340,6 @@ def _reasons(
     elif alike.unlike:
         found.append(reason("unlike", effect=alike.effect.value, limit=LIMIT))
     if p_value > settings.alpha and not powered:
-        found.append(reason("underpowered", compared=compared, needed=needed, power=settings.power))
+        power = {"needed": needed, "power": settings.power}
+        found.append(reason("underpowered", compared=compared, within=within, **power))
     return found

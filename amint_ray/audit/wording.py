@@ -145,14 +145,17 @@ GLOBALS: dict[str, Mapping[str, str]] = {
     "label_words": {
         "own": "the suspects' own",
         "prediction": "the model's predictions, as the suspects bear none",
-        "mixed": "the suspects' own where they bear one, else the model's predictions",
+        "mixed": "the suspects' own where they bear one, else the model's predictions; the two "
+        "are tested apart, and the p-value is twice the smaller one",
     },
     "line_words": {
         "member": "The head, on images that it was told of as members.",
         "withheld": "The head, on images that trained the classifier but were kept from the head.",
         "blind": "A classifier that never sees the model. Far from 0.5, the split itself gives "
         "members away and no figure can be trusted.",
-        "loss": "The model's loss alone, which anyone with the model and the labels can compute.",
+        "loss": "The model's loss alone, which anyone with the model and the labels can compute, "
+        "on images that trained the classifier but were kept from the head.",
+        "loss_member": "The same on images that the head was told of as members.",
     },
 }
 """What the templates call the document's keys."""

@@ -71,13 +71,25 @@ _REASONS = {
 }
 
 
+_WITHIN = (
+    "; its classes are not those of the calibration images, so it is compared within them, with few"
+)
+_MORE_CLASSES = (
+    "give images of all classes, in about the shares that the model was trained with; or register "
+    "a model with more calibration images of these classes (data.shares); or "
+)
+
+
 def reason(code: str, **values: object) -> dict[str, str]:
     """Why there is no verdict, or what is to be held against one: `{code, text, help}`.
 
     Args:
         code: one of those above; not `powerless`.
-        **values: what the text names; of `underpowered`, `needed` may be None.
+        **values: what the text names; of `underpowered`, `needed` may be None, and `within` says
+            whether the collection was compared within classes.
     """
     key = "powerless" if code == "underpowered" and values.get("needed") is None else code
     text, help_ = _REASONS[key]
+    if values.get("within"):
+        text, help_ = text + _WITHIN, _MORE_CLASSES + help_
     return {"code": code, "text": text.format(**values), "help": help_}

@@ -89,7 +89,7 @@ def document(verdict: str = "member", *, images: int = 30, **changes: Any) -> di
                 "cannot_show": "Which of two near-duplicates was used.",
             },
         },
-        "power": {"target": 0.95, "member": 5, "withheld": 48},
+        "power": {"target": 0.95, "of": "withheld", "member": 5, "withheld": 48},
         "unlike": {
             "effect": figure(0.523, 0.481, 0.565),
             "limit": 0.58,
@@ -107,6 +107,7 @@ def document(verdict: str = "member", *, images: int = 30, **changes: Any) -> di
             "withheld": figure(0.522, 0.471, 0.573),
             "blind": figure(0.498, 0.452, 0.544),
             "loss": figure(0.632, 0.597, 0.667),
+            "loss_member": figure(0.664, 0.631, 0.697),
         },
         "precision": {"prior": 0.11, "at_threshold": figure(0.953, 0.881, 0.991)},
         "model": {

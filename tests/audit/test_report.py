@@ -125,6 +125,7 @@ def leaves(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
         yield path, part
 
 
+LINES = len(wording.GLOBALS["line_words"])
 WORDS = {
     "verdict": "not_member",
     "made": "2025-01-02T03:04:05Z",
@@ -200,7 +201,7 @@ def test_what_is_not_there_is_said() -> None:
     audit["evidence"]["outputs"]["labels"] = "prediction"
     audit["evidence"]["outputs"]["share"] = figure(None) | {"note": "too few members are known"}
     audit["lines"] |= {"member": None, "blind": figure(None) | {"note": "it was not asked"}}
-    audit["power"] = {"target": 0.95, "member": None, "withheld": 48}
+    audit["power"] = {"target": 0.95, "of": "member", "member": None, "withheld": 48}
     # The least that an audit may say: an AUC alone, nothing of classes, no level of its intervals.
     audit["evidence"]["outputs"]["auc"] = figure(0.777, 0.7, 0.8)
     for key in ("classes", "confidence"):
@@ -214,6 +215,9 @@ def test_what_is_not_there_is_said() -> None:
     reads_well_aloud(page)
     for said in (
         "Not available: its head was not trained",
+        "consisted of training images that the head was told of would have been noticed",
+        "Of two kinds of evidence only one was looked at.",
+        "Some trained the classifier and some trained nothing: among them",
         "the model's predictions, as the suspects bear none",
         "not known: too few members are known",
         "not known: it was not asked",
@@ -234,7 +238,7 @@ def test_few_images_or_none(images: int) -> None:
     nothing_runs_or_is_fetched(page)
     reads_well_aloud(page)
     judged = sum(row["p_value"] is not None for row in audit["images"])
-    assert len(page.all("tr")) - len(page.all("thead")) - 4 - 5 == judged
+    assert len(page.all("tr")) - len(page.all("thead")) - LINES - 5 == judged
     assert "too few for a picture" in page.text
     assert ("no image has a p-value" in page.text) == (images == 0)
     torn = [unreadable(f"{i}.png") for i in range(PROBLEM_ROWS + 5)]
@@ -253,7 +257,7 @@ def test_ten_thousand_images(tmp_path: Path) -> None:
     page = read(path.read_text("utf-8"))
     nothing_runs_or_is_fetched(page)
     assert len(page.all("img")) == 2 * THUMBNAILS
-    assert len(page.all("tr")) == TABLE_ROWS + len(page.all("thead")) + 4 + 5
+    assert len(page.all("tr")) == TABLE_ROWS + len(page.all("thead")) + LINES + 5
     assert "The 100\u00a0images most likely to be members, of 10,000; all of" in page.text
     assert "all of them are in images.parquet" in page.text
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -269,7 +273,9 @@ def test_ten_thousand_images(tmp_path: Path) -> None:
     shown = [e.text.split(" ")[0] for e in page.all("th") if e.attributes["scope"] == "row"]
     judged = [row for row in audit["images"] if row["p_value"] is not None]
     judged.sort(key=lambda row: (row["p_value"], -row["head_score"]))
-    assert shown[4 : 4 + TABLE_ROWS] == [row["image"].split(" ")[0] for row in judged[:TABLE_ROWS]]
+    assert shown[LINES : LINES + TABLE_ROWS] == [
+        row["image"].split(" ")[0] for row in judged[:TABLE_ROWS]
+    ]
 
 
 def test_extremes_hold_no_copy_and_no_image_twice() -> None:

@@ -173,8 +173,15 @@ def test_a_collection_of_an_easy_class_is_compared_within_it() -> None:
     )
     assert found.document["classes"]["collection_within"]
     assert found.document["classes"]["images_within"]
+    in_class = int(((reference.role == "calibration") & (reference.label == 3)).sum())
+    assert found.document["evidence"]["head"]["calibration_images"] == in_class
     assert found.document["p_value"] > 0.05
     assert not found.images["flagged"].any()
+    few = model.suspects(rng, easiest[:12], test=12)
+    told = judged(few, reference, scores_of(reference), Settings(), confounders_clean=True)
+    (why,) = told.document["reasons"]
+    assert why["code"] == "underpowered"
+    assert "compared within them" in why["text"] and "images of all classes" in why["help"]
     # What would have been said without classes.
     p = [audit_without_classes(e, reference, model) for e in range(3)]
     assert max(p) < 1e-4
@@ -267,14 +274,19 @@ def test_the_loss_where_too_few_images_are_known() -> None:
     assert found["evidence"]["outputs"]["method"] == "loss"
     # All calibration images serve, as none is learnt from.
     assert found["evidence"]["outputs"]["calibration_images"] == 200
-    assert found["power"] == {"target": 0.95, "member": None, "withheld": None}
+    assert found["power"] == {
+        "target": 0.95,
+        "of": "withheld",
+        "member": None,
+        "withheld": None,
+    }
     assert found["verdict"] == "no_verdict"
 
 
 def test_where_no_image_was_withheld_told_members_say_what_would_be_noticed() -> None:
     reference = MODEL.reference(np.random.default_rng(0), calibration=300, member=200, withheld=0)
     found = audit(suspects(test=60), reference).document
-    assert found["power"]["withheld"] is None
+    assert (found["power"]["withheld"], found["power"]["of"]) == (None, "member")
     assert found["power"]["member"] < 60
     assert found["verdict"] == "not_member"
 
