@@ -6,11 +6,11 @@
 
 `--rate`: images a second of one process on one core that asks the MINT head alone, against a plain
 loop (read, decode, resize, whole forward pass) over the same files, and the same with images in
-memory already. `--memory`: the largest resident size of the driver and of the actor for 1,000 and
-for 100,000 suspects. `--errors`: of models of a recipe with other splits and seeds, trained in this
-process: false positives among `test` images at several levels, false discoveries in mixtures of
-members and `test` images, and how often collections drawn from `test`, from members and from
-withheld images are called members.
+memory already. `--memory`: the largest resident size of the driver for 1,000 and for 100,000
+suspects. `--errors`: of models of a recipe with other splits and seeds, trained in this process:
+false positives among `test` images at several levels, false discoveries in mixtures of members and
+`test` images, and how often collections drawn from `test`, from members and from withheld images
+are called members.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def memory_of(suspects: int) -> dict[str, float]:
             for first in range(0, suspects, 1000):
                 rows = [_png(random) for _ in range(min(1000, suspects - first))]
                 writer.write_table(pa.table({"image": pa.array(rows, pa.binary())}))
-        settings = [f"audit.folder={folder}/audits"]
+        settings = [f"audit.folder={folder}/audits", "audit.image_column=image"]
         document = run_audit(str(registered), str(file), settings, _Nobody(), every=False)
         assert document["suspects"]["images"] == suspects, run["run_id"]
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
