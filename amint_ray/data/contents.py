@@ -65,8 +65,8 @@ def look_into(location: Location, said: str) -> Contents:
     images, parquet = counted.pop(_IMAGES, 0), counted.pop(_PARQUET, 0)
     if images and parquet:
         raise UserError(
-            f"{said}: holds {images:,} image files and {parquet:,} Parquet files; name one of "
-            "them, or put either kind into a folder of its own"
+            f"{said}: holds images ({images:,}) and Parquet files ({parquet:,}); name one of them, "
+            "or put either kind into a folder of its own"
         )
     return Contents(info.type, images, parquet, dict(counted))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +30,7 @@ def parquet(file: Path, labels: list[int]) -> None:
     pq.write_table(pa.table(stored), file)
 
 
-def find(folder: Path, watcher: Silent | None = None, **settings: str) -> Found:
+def find(folder: Path | str, watcher: Silent | None = None, **settings: str) -> Found:
     asked = AuditSettings(**settings)  # type: ignore[arg-type]
     return find_suspects(str(folder), asked, ["0", "1"], watcher or Silent())
 
@@ -59,9 +61,9 @@ def test_images_beside_parquet_are_not_passed_over(tmp_path: Path) -> None:
         image(tmp_path / f"{number}.png")
     (tmp_path / "deep").mkdir()
     parquet(tmp_path / "deep" / "one.parquet", [0, 1])
-    with pytest.raises(UserError, match="holds 3 image files and 1 Parquet files; name one"):
+    with pytest.raises(UserError, match=r"holds images \(3\) and Parquet files \(1\); name one"):
         find(tmp_path)
-    with pytest.raises(UserError, match=r"^--ood=.*: holds 3 image files and 1 Parquet files"):
+    with pytest.raises(UserError, match=r"^--ood=.*: holds images \(3\) and Parquet files \(1\)"):
         read_strangers(str(tmp_path), load_config("digits").data, most=9, where="--ood")
     (tmp_path / "deep" / "one.parquet").rename(tmp_path / "deep" / "_one.parquet")
     assert find(tmp_path).left_out == {"hidden files": 1}
@@ -97,3 +99,38 @@ def test_a_test_split_without_labels_is_suspected_like_any_other(tmp_path: Path)
     }
     assert found.left_out == {"Parquet files that cannot be read": 1}
     assert any("torn.parquet is not a Parquet file" in notice for notice in watcher.notices)
+
+
+def test_suspects_in_a_bucket(
+    object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    object_store.make_bucket("suspected")
+    client = boto3.session.Session().client("s3")
+    image(tmp_path / "a.png")
+    parquet(tmp_path / "a.parquet", [1, 0])
+    for key, file in (
+        ("images/1/a.png", "a.png"),
+        ("images/b.heic", "a.png"),
+        ("images/.c.png", "a.png"),
+        ("tables/0.parquet", "a.parquet"),
+        ("both/a.png", "a.png"),
+        ("both/x/0.parquet", "a.parquet"),
+    ):
+        client.put_object(Bucket="suspected", Key=key, Body=(tmp_path / file).read_bytes())
+    found = find("s3://suspected/images")
+    assert [found.source.sample_ids(0), found.labels(0).tolist()] == [["1/a.png"], [1]]
+    assert found.left_out == {".heic files": 1, "hidden files": 1}
+    assert find("s3://suspected/images/1/a.png").source.sample_ids(0) == ["a.png"]
+    tables = ("s3://suspected/tables", "s3://suspected/tables/0.parquet")
+    for uri in tables:
+        source = find(uri, image_column="image").source
+        assert source.sample_ids(0) == ["0.parquet#0", "0.parquet#1"]
+    with pytest.raises(UserError, match=r"holds images \(1\) and Parquet files \(1\)"):
+        find("s3://suspected/both")
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        find("s3://suspected/nowhere")
+    config = load_config("digits", ["data.image_column=image"]).data
+    with pytest.raises(UserError, match="none of the 2 files is an image"):
+        read_strangers(tables[0], config, most=9, where="--ood")
