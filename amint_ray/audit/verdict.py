@@ -29,6 +29,7 @@ from amint_ray.evaluation.reference import Reference
 EXIT_CODES = {"not_member": 0, "member": 3, "no_verdict": 4}
 """Of the command; 1 and 2 are failures."""
 
+_TRAINED = (Role.MEMBER, Role.WITHHELD)
 _OF = {"head": (Role.MEMBER,), "outputs": (Role.MEMBER, Role.WITHHELD)}
 _OF_WORDS = {"head": "members told to the head", "outputs": "training images, told or withheld"}
 _POWER_OF = {"head": Role.MEMBER, "outputs": Role.WITHHELD}
@@ -88,12 +89,20 @@ def judge(
     flagged = np.where(originals < 0, flagged, flagged[originals])
     p_values = [e.p_value for e in found if e.p_value is not None]
     p_value = min(1.0, len(found) * min(p_values)) if p_values else None
-    needed = _needed(found, settings)
+    powers = {
+        e.name: {role: _power(e, role, settings, len(found)) for role in _TRAINED} for e in found
+    }
+    needed = {
+        role.value: min(
+            (size for e in powers.values() if (size := e[role]) is not None), default=None
+        )
+        for role in _TRAINED
+    }
     # A model of which no image was withheld from its head has told it all there is to notice.
     withheld = (reference.role == Role.WITHHELD.value).any()
     role = Role.WITHHELD if withheld else Role.MEMBER
     compared = max(e.compared for e in found)
-    sizes = [(_power(e, role, settings, len(found)), e.compared) for e in found]
+    sizes = [(powers[e.name][role], e.compared) for e in found]
     powered = any(size is not None and images >= size for size, images in sizes)
     silent = int((unique & (suspects.label < 0)).sum()) if needs_labels else 0
     reasons = _reasons(
@@ -132,7 +141,7 @@ def judge(
         "evidence": {
             name: missing[name]
             if name in missing
-            else _part(next(e for e in found if e.name == name), shares[name], settings, len(found))
+            else _part(next(e for e in found if e.name == name), shares[name], powers[name])
             for name in ("head", "outputs")
         },
         "power": {"target": settings.power, "of": role.value, **needed},
@@ -243,16 +252,6 @@ def _evidence(
     return found, unavailable
 
 
-def _needed(found: Sequence[Evidence], settings: Settings) -> dict[str, int | None]:
-    """The smallest collections that would be noticed, of told members and of withheld ones."""
-
-    def smallest(role: Role) -> int | None:
-        sizes = [_power(e, role, settings, len(found)) for e in found]
-        return min((size for size in sizes if size is not None), default=None)
-
-    return {role.value: smallest(role) for role in (Role.MEMBER, Role.WITHHELD)}
-
-
 def _power(evidence: Evidence, role: Role, settings: Settings, kinds: int) -> int | None:
     known = evidence.shares(role)
     # Images with labels and without are tested apart: neither test has all of them.
@@ -295,7 +294,7 @@ def _best_share(found: Sequence[Evidence], shares: Mapping[str, Interval]) -> di
     return {**shares[best.name].as_dict(), "of": _OF_WORDS[best.name], "by": best.name}
 
 
-def _part(evidence: Evidence, share: Interval, settings: Settings, kinds: int) -> dict[str, Any]:
+def _part(evidence: Evidence, share: Interval, powers: Mapping[Role, int | None]) -> dict[str, Any]:
     role = _POWER_OF[evidence.name]
     return {
         "available": True,
@@ -307,7 +306,7 @@ def _part(evidence: Evidence, share: Interval, settings: Settings, kinds: int) -
         "auc": {name: area.as_dict() for name, area in evidence.auc.items()},
         "share": {**share.as_dict(), "of": _OF_WORDS[evidence.name]},
         "power": {
-            "images_for_power": _power(evidence, role, settings, kinds),
+            "images_for_power": powers[role],
             "of": role.value,
         },
         "calibration_images": evidence.fewest,
