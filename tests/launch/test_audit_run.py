@@ -177,8 +177,11 @@ def looked(model: amint_ray.RegisteredModel, suspects: Path, folder: Path, **set
     asked, chunks = _plan(model, found, data, given, locate(str(folder), "audit.folder"))
     weights = model.model.state_dict()
     examiner = Examiner(asked, model.model.architecture, weights, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small work: more would wait for each other
     for chunk in chunks:
         examiner.look(chunk.name, chunk.shards)
+    torch.set_num_threads(threads)
     return asked, [chunk.name for chunk in chunks]
 
 
