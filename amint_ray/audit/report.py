@@ -112,6 +112,7 @@ def render(
         .get_template("report.html.j2")
         .render(
             audit=audit,
+            key=audit["evidence"].get("key"),
             confidence=audit.get("confidence", 0.95),
             judged=judged[:TABLE_ROWS],
             problems=problems[:PROBLEM_ROWS],
@@ -183,8 +184,8 @@ def _write_rows(rows: Iterable[pa.RecordBatch], file: Any) -> None:
 def _judged(images: Sequence[Image]) -> list[Image]:
     """Images that have a p-value, the most likely members first; scores decide between ties."""
 
-    def order(image: Image) -> tuple[float, float, float]:
-        scores = (image["head_score"], image["outputs_score"])
+    def order(image: Image) -> tuple[float, ...]:
+        scores = (image.get("key_matches"), image["head_score"], image["outputs_score"])
         return (image["p_value"], *(math.inf if score is None else -score for score in scores))
 
     return sorted((image for image in images if image["p_value"] is not None), key=order)
@@ -193,11 +194,11 @@ def _judged(images: Sequence[Image]) -> list[Image]:
 def _histograms(judged: Sequence[Image]) -> dict[str, Histogram]:
     """By evidence, where enough images have a p-value; copies are left out."""
     found = {}
-    for name in ("head", "outputs"):
+    for name in ("key", "head", "outputs"):
         values = [
             image[f"p_{name}"]
             for image in judged
-            if image["duplicate_of"] is None and image[f"p_{name}"] is not None
+            if image["duplicate_of"] is None and image.get(f"p_{name}") is not None
         ]
         if len(values) < FEWEST_IN_A_HISTOGRAM:
             continue
@@ -229,6 +230,8 @@ def _command(document: Document) -> str:
     """What repeats the audit in a shell."""
     words = ["amint", "audit", document["model"]["uri"], document["suspects"]["source"]]
     words += [f"--{name}={document[name]:.12g}" for name in ("prior", "fdr")]
+    if "key" in document["evidence"]:
+        words.append("--key-file=KEY_FILE")  # where the key lies is nobody else's business
     words += [f"audit.{name}={value}" for name, value in document["settings"].items()]
     return shlex.join(words)
 

@@ -18,7 +18,7 @@ from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evi
 from amint_ray.audit.likeness import LIMIT, Composition, Likeness, composition
 from amint_ray.audit.output_scores import FEWEST_KNOWN
 from amint_ray.audit.suspects import Mask, Settings
-from amint_ray.audit.words import CANNOT_SHOW, SHOWS, reason
+from amint_ray.audit.words import CANNOT_SHOW, KEY_NEEDED, SHOWS, reason
 from amint_ray.audit.yardstick import Measured, Yardstick
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import benjamini_hochberg
@@ -43,7 +43,8 @@ class Judgement:
         document: every part of the audit's document that follows from arrays alone.
         images: by name (n,) arrays, a row a suspect: `label`, `prediction` (−1: none),
             `head_score`, `outputs_score`, `p_head`, `p_outputs`, `p_value`, `precision` (NaN:
-            none), `flagged`, `duplicate_of` (a row; −1: none).
+            none), `flagged`, `duplicate_of` (a row; −1: none); of an audit by key `key_matches`
+            (−1: none) and `p_key`.
     """
 
     document: dict[str, Any]
@@ -58,6 +59,7 @@ def judge(
     *,
     confounders_clean: bool | None,
     needs_labels: bool = False,
+    codes_alone: bool = False,
     lines: Mapping[str, Any] | None = None,
 ) -> Judgement:
     """The verdict on a collection and on each image of it.
@@ -70,6 +72,7 @@ def judge(
         confounders_clean: whether a classifier that never saw the model failed on the same split;
             None: not known.
         needs_labels: whether the head says nothing of images without labels.
+        codes_alone: whether the head says secret codes and nothing else; then it has no scores.
         lines: figures of the model that the document shows as they are.
 
     Raises:
@@ -79,7 +82,9 @@ def judge(
     originals = suspects.duplicate_of()
     unique = (originals < 0) & suspects.finite
     within, classes = _classes(suspects, unique, reference)
-    found, missing = _evidence(suspects, unique, yardstick, calibration, settings, within)
+    found, missing = _evidence(
+        suspects, unique, yardstick, calibration, settings, within, codes_alone=codes_alone
+    )
     alike = yardstick.surroundings.compare(
         suspects.distance[unique], confidence=settings.confidence
     )
@@ -179,6 +184,8 @@ def judge(
         "p_head": by_name["head"].p if "head" in by_name else nothing,
         "p_outputs": by_name["outputs"].p if "outputs" in by_name else nothing,
         "p_value": p,
+        "p_key": nothing,
+        "key_matches": np.full(len(suspects), -1),
         "precision": precision(every_p, known_p, prior=settings.prior),
         "flagged": flagged,
         "duplicate_of": originals,
@@ -211,11 +218,15 @@ def _evidence(
     calibration: Scores,
     settings: Settings,
     within: Within,
+    *,
+    codes_alone: bool,
 ) -> tuple[list[Evidence], dict[str, dict[str, Any]]]:
     """What there is to judge by, and by name why something is not there."""
     reference = yardstick.reference
     found, missing = [], {}
-    if len(calibration) == 0:
+    if codes_alone:
+        missing["head"] = KEY_NEEDED
+    elif len(calibration) == 0:
         missing["head"] = "the MINT head was not trained (loss.lambda_mint = 0)"
     else:
         found.append(

@@ -137,7 +137,11 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "seconds": seconds,
 }
 GLOBALS: dict[str, Mapping[str, str]] = {
-    "evidence_names": {"head": "membership head", "outputs": "model's outputs"},
+    "evidence_names": {
+        "head": "membership head",
+        "outputs": "model's outputs",
+        "key": "secret codes",
+    },
     "evidence_titles": {
         "head": "The membership head",
         "outputs": "The model's outputs, without the head",

@@ -23,6 +23,8 @@ CANNOT_SHOW = {
     ),
 }
 
+KEY_NEEDED = "the head says secret codes alone, which tell nothing without their key"
+
 _REASONS = {
     "no_images": (
         "no image of the collection could be compared",

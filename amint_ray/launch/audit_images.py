@@ -37,6 +37,8 @@ SCHEMA = pa.schema(
         "outputs_score": pa.float64(),
         "p_head": pa.float64(),
         "p_outputs": pa.float64(),
+        "key_matches": pa.int64(),
+        "p_key": pa.float64(),
         "p_value": pa.float64(),
         "precision": pa.float64(),
         "decision": pa.string(),
@@ -255,6 +257,7 @@ class Images:
             "image": pa.array(self._names(places), pa.string()),
             "label": _indices(label),
             "prediction": _indices(prediction),
+            "key_matches": _indices(numbers("key_matches")),
             "class_name": pa.array(names, pa.string()),
             "decision": pa.array(decision, pa.string()),
             "duplicate_of": pa.array(original, pa.string()),
@@ -271,6 +274,6 @@ _UNLABELLED = "has no label, which the model's head needs"
 
 
 def _indices(values: npt.NDArray[np.float64]) -> pa.Array:
-    """Class indices; null where there is none."""
+    """Whole numbers, such as class indices; null where there is none."""
     none = ~(values >= 0)
     return pa.array(np.where(none, 0, values).astype(np.int64), pa.int64(), mask=none)

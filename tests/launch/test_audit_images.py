@@ -56,7 +56,7 @@ def names_of(asked: Asked) -> list[str]:
 def images_of(asked: Asked, problems: dict[int, tuple[int, str]], **columns: Any) -> Images:
     """Of images that were found what the columns say, and NaN or −1 elsewhere."""
     n = FILES - len(problems)
-    found = {name: np.full(n, np.nan) for name in SCHEMA.names[4:10]}
+    found = {name: np.full(n, np.nan) for name in SCHEMA.names[4:12]}
     found |= {name: np.full(n, -1) for name in ("label", "prediction", "duplicate_of")}
     found |= {"flagged": np.zeros(n, bool), **columns}
     place = np.array([i for i in range(FILES) if i not in problems])
