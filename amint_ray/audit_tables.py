@@ -59,8 +59,22 @@ def print_audit(document: Mapping[str, Any], console: Console) -> None:
             escape(part["method"]),
         )
     console.print(table)
+    if "key" in document["evidence"]:
+        _print_key(document["evidence"]["key"], console)
     lines = Table("of this model", "AUC")
     for name, words in _LINES.items():
         lines.add_row(words, told(document["lines"][name]))
     console.print(lines)
     console.print(f"report: {escape(document['report'])}")
+
+
+def _print_key(key: Mapping[str, Any], console: Console) -> None:
+    """What the verdict rests on where the key was asked."""
+    rate, known = key["match_rate"], key["known_match_rate"]["member"]
+    if rate["value"] is not None:
+        console.print(
+            f"{key['matched']:,} of {key['bits']:,} bits of the secret codes match "
+            f"({rate['value']:.2%}; luck gives half, known members {told(known)})"
+        )
+    console.print(f"key's fingerprint: {key['key_fingerprint']}")
+    console.print(f"it cannot show {escape(key['cannot_show'])}")

@@ -25,6 +25,13 @@ from amint_ray.signals import raise_if_stopped
     show_default=True,
     help="Largest expected share of other images among those called members.",
 )
+@click.option(
+    "--key-file",
+    metavar="FILE",
+    help="Key of a model whose head says codes (mint.objective of keyed or both); the verdict then "
+    "rests on it, and its error rates are exact.",
+)
+@click.option("--key-env", metavar="NAME", help="Environment variable with the key instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--verbose", is_flag=True, help="Let Ray and MLflow talk, and show tracebacks.")
 def audit(
@@ -33,6 +40,8 @@ def audit(
     overrides: tuple[str, ...],
     prior: float,
     fdr: float,
+    key_file: str | None,
+    key_env: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -62,6 +71,8 @@ def audit(
                 display,
                 prior=prior,
                 fdr=fdr,
+                key_file=key_file,
+                key_env=key_env,
                 every=as_json,
                 verbose=verbose,
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
-from audit.audits import document
+from audit.audits import document, figure
 from rich.console import Console
 
 from amint_ray.audit_tables import print_audit
@@ -34,3 +35,28 @@ def test_what_a_person_must_see(verdict: str) -> None:
         "report: amint_audits/[bold]/report.html",
     ):
         assert words in text
+
+
+def shown(audit: dict[str, Any]) -> str:
+    out = io.StringIO()
+    print_audit({**audit, "report": "audits/report.html"}, Console(file=out, width=160))
+    return " ".join(out.getvalue().split())
+
+
+def test_an_audit_by_key_shows_the_bits_that_match_and_which_key_it_was() -> None:
+    key = {
+        **document()["evidence"]["head"],
+        "matched": 1890,
+        "bits": 1920,
+        "match_rate": figure(1890 / 1920, 0.97, 0.99),
+        "known_match_rate": {"member": figure(0.97, 0.96, 0.98), "withheld": figure(0.5)},
+        "key_fingerprint": "ab" * 32,
+        "cannot_show": "that images were not used",
+    }
+    silent = {"available": False, "why_not": "the key was asked"}
+    text = shown(document(evidence={"key": key, "head": silent, "outputs": silent}))
+    assert "1,890 of 1,920 bits of the secret codes match (98.44%; luck gives half" in text
+    assert "ab" * 32 in text
+    assert "it cannot show that images were not used" in text
+    assert "2.34e-08" in text
+    assert "secret codes" not in shown(document())

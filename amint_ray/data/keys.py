@@ -48,13 +48,13 @@ def load_key(*, key_file: str | None, key_env: str | None) -> bytes:
     if key_file:
         return _key_of(_read(key_file), f"key file {_shown(key_file)}")
     if key_env:
-        where = f"environment variable {_shown(key_env)} (mint.key_env)"
+        where = f"environment variable {_shown(key_env)} (mint.key_env, or --key-env)"
         if key_env not in os.environ:
             raise UserError(f"{where}: is not set; it must hold the key's hex digits")
         return _key_of(os.environ[key_env], where)
     raise UserError(
         "no key is given: name its file (mint.key_file, or --key-file) or the environment "
-        f"variable that holds it (mint.key_env); {_MAKE_ONE}"
+        f"variable that holds it (mint.key_env, or --key-env); {_MAKE_ONE}"
     )
 
 

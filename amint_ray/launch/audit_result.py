@@ -23,6 +23,7 @@ from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
 from amint_ray.evaluation.metrics import Interval, auc
 from amint_ray.launch.attack_parts import fingerprint_of
 from amint_ray.launch.audit_images import Images, read_parts
+from amint_ray.launch.audit_key import judge_codes
 from amint_ray.launch.audit_worker import Asked
 from amint_ray.storage import Location, write_atomically
 from amint_ray.tracking.folder import Confounders
@@ -57,6 +58,7 @@ def conclude(
     uri: str,
     every: bool,
     seconds: Mapping[str, float],
+    key: bytes | None = None,
 ) -> dict[str, Any]:
     """Judge the suspects, write the report, and tell MLflow of it.
 
@@ -71,6 +73,7 @@ def conclude(
         uri: of the model.
         every: whether the document is to have all images, and not those alone that are shown.
         seconds: that it took so far.
+        key: the verdict rests on it, if there is one.
 
     Returns:
         The audit's document.
@@ -85,15 +88,21 @@ def conclude(
     yardstick = Yardstick(model.reference)
     read = read_parts(asked, parts, yardstick, trained=len(model.calibration) > 0)
     split = _confounders(model, origin)
-    judgement = judge(
-        read.measured,
-        yardstick,
-        model.calibration,
-        judged,
-        confounders_clean=split.clean,
-        needs_labels=asked.needs_labels,
-        lines=_lines(model, split, confidence=judged.confidence),
-    )
+    code = model.preprocessing.code
+    lines = _lines(model, split, confidence=judged.confidence)
+    if key is not None:
+        judgement = judge_codes(asked.place, parts, key, model, judged, lines)
+    else:
+        judgement = judge(
+            read.measured,
+            yardstick,
+            model.calibration,
+            judged,
+            confounders_clean=split.clean,
+            needs_labels=asked.needs_labels,
+            codes_alone=code is not None and not code.membership,
+            lines=lines,
+        )
     images = Images(asked, read, judgement, model.preprocessing.class_names)
     document = {
         **judgement.document,
@@ -112,9 +121,10 @@ def conclude(
     }
     watcher.phase("writing the report")
     # What was found of the suspects is the same whatever it is judged by; the report is not.
-    place = asked.place.below(
-        fingerprint_of({"model": uri, "suspects": asked.found.uri, **asdict(judged), **given})[:8]
-    )
+    by = {"model": uri, "suspects": asked.found.uri, **asdict(judged), **given}
+    if key is not None and code is not None:
+        by["key"] = code.fingerprint
+    place = asked.place.below(fingerprint_of(by)[:8])
     with TemporaryDirectory(prefix="amint-audit-") as name:
         folder = Path(name)
         chosen = images.chosen()
@@ -158,6 +168,9 @@ def _lines(model: RegisteredModel, split: Confounders, *, confidence: float) -> 
     head = reference.mint_logit
     untrained = Interval.unknown("the MINT head was not trained (loss.lambda_mint = 0)").as_dict()
     trained = len(model.calibration) > 0
+    if not trained and reference.code_matches is not None:
+        # Of a head that says codes alone what counts is how many bits of a known one are right.
+        head, trained = reference.code_matches.astype(np.float64), True
     return {
         "member": against(Role.MEMBER, head) if trained else untrained,
         "withheld": against(Role.WITHHELD, head) if trained else untrained,

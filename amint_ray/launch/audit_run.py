@@ -15,6 +15,7 @@ from amint_ray.config.schema import Cluster
 from amint_ray.contracts import RunError, UserError, Watcher, first_line
 from amint_ray.data.sources import count
 from amint_ray.launch.attack_parts import code_fingerprint, fingerprint_of
+from amint_ray.launch.audit_key import check_key, given_key, kept_from_others
 from amint_ray.launch.audit_result import Origin, conclude
 from amint_ray.launch.audit_suspects import Found, find_suspects
 from amint_ray.launch.audit_worker import Asked, Looker
@@ -50,6 +51,8 @@ def run_audit(
     *,
     prior: float = 0.1,
     fdr: float = 0.05,
+    key_file: str | None = None,
+    key_env: str | None = None,
     every: bool = True,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -65,6 +68,8 @@ def run_audit(
         watcher: is told how far it is.
         prior: share of members among the suspects at which precision is stated.
         fdr: largest expected share of images not trained on among those called members.
+        key_file: file with the key of a model whose head says codes; the verdict rests on it then.
+        key_env: environment variable with the key, in place of a file.
         every: whether the document is to have all images; else it has those of the report.
         verbose: let Ray talk.
 
@@ -78,6 +83,7 @@ def run_audit(
     """
     started = time.perf_counter()
     settings, cluster = load_audit(overrides)
+    key = given_key(key_file=key_file, key_env=key_env)
     judged = Settings(
         alpha=settings.alpha,
         fdr=fdr,
@@ -90,6 +96,7 @@ def run_audit(
     watcher.phase(f"fetching {uri}")
     uri = f"runs:/{uri}/model" if re.fullmatch(r"[0-9a-f]{32}", uri) else uri
     model = load(uri)
+    check_key(key, model, settings, watcher, uri=uri)
     origin = _origin(uri)
     data = _preprocessing(uri, model, settings)
     found = find_suspects(suspects, settings, model.preprocessing.class_names, watcher)
@@ -104,7 +111,7 @@ def run_audit(
         if todo:
             address = address_of(cluster)
             watcher.phase("starting Ray")
-            with connect(address, verbose=verbose):
+            with kept_from_others(key_env), connect(address, verbose=verbose):
                 if address is not None:
                     wait_for_room(cluster.model_copy(update={"workers": 1}), watcher)
                 _look(asked, model, todo, cluster, settings, watcher)
@@ -120,6 +127,7 @@ def run_audit(
             settings,
             origin,
             watcher,
+            key=key,
             uri=uri,
             every=every,
             seconds=seconds,
@@ -177,6 +185,7 @@ def _plan(
         batch_size=settings.batch_size,
         projection=model.reference.projection,
         needs_labels=model.needs_labels,
+        code_from=None if model.preprocessing.code is None else model.preprocessing.code.code_from,
         place=storage.below(fingerprint_of(what)),
     )
     chunks = [

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ import torch
 from amint_ray.audit.suspects import EvidenceChoice
 from amint_ray.config.data_schema import Data
 from amint_ray.contracts import RunError, first_line
-from amint_ray.data.images import BadImage, decode
+from amint_ray.data.images import BadImage, decode, perceptual_hash
+from amint_ray.data.keys import image_content, perceptual_content
 from amint_ray.data.sources import DamagedError, Fault, Raw
 from amint_ray.data.transforms import Views, to_model_input
 from amint_ray.evaluation.outputs import outputs_of, stack_views
@@ -33,6 +34,11 @@ from amint_ray.storage import Location, write_atomically
 Arrays = dict[str, npt.NDArray[Any]]
 UNTOLD = "untold.label_confidence"
 """Of the outputs by the model's own prediction the others are those by the label."""
+CODE_LOGITS, CODE_CONTENT = "code_logits", "code_content"
+"""Of a head that says codes: (n, bits) float32, and (n, bytes) what each image's code is made from.
+The codes themselves only the key's holder knows."""
+_ROW_BY_ROW = {"taps", CODE_LOGITS, CODE_CONTENT}
+"""Of the columns of two dimensions, those whose first is the images."""
 
 _DECODERS = 2
 """Threads that decode the next images while the model looks at these; decoding lets go of Python's
@@ -51,6 +57,7 @@ class Asked:
         projection: of the taps' means.
         needs_labels: whether the head reads the task loss; then it is silent about images without.
         place: of the files.
+        code_from: what of an image its code is made from; None: the head says no codes.
     """
 
     found: Found
@@ -60,6 +67,7 @@ class Asked:
     projection: npt.NDArray[np.float32]
     needs_labels: bool
     place: Location
+    code_from: Literal["content", "perceptual"] | None = None
 
 
 class Looker:
@@ -132,7 +140,9 @@ class Examiner:
                 columns.setdefault(key, []).append(values)
             rows += len(batch.label)
         arrays = {
-            key: np.concatenate(parts, axis=1 if parts[0].ndim == 2 and key != "taps" else 0)
+            key: np.concatenate(
+                parts, axis=1 if parts[0].ndim == 2 and key not in _ROW_BY_ROW else 0
+            )
             for key, parts in columns.items()
         }
         buffer = io.BytesIO()
@@ -193,6 +203,10 @@ class Examiner:
             read.pixels.append(pixels)
             digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).digest()
             read.content[place] = int.from_bytes(digest, "little")
+            if self._asked.code_from == "perceptual":
+                read.code_content.append(perceptual_content(perceptual_hash(rgb)))
+            elif self._asked.code_from == "content":
+                read.code_content.append(image_content(pixels.numpy()))
         return read
 
     @torch.inference_mode()
@@ -207,14 +221,14 @@ class Examiner:
         found: Arrays = {}
         with model.leaving_means() as means:
             if asked.evidence == "head":
-                membership = model.membership(images, given)
-                finite = torch.isfinite(membership)
+                said = model.membership(images, given)
+                finite = _finite(said)
             else:
                 seen = [model(images, labels=given)]
-                membership = seen[0][1]
+                said = seen[0][1]
                 seen += [model(view(images, number), labels=given) for number in range(1, VIEWS)]
                 every = [logits.double().cpu().numpy() for logits, _ in seen]
-                finite = torch.isfinite(seen[0][0]).all(1) & torch.isfinite(membership)
+                finite = _finite(seen[0][0]) & _finite(said)
                 found["prediction"] = every[0].argmax(1)
                 told, untold = (
                     stack_views([outputs_of(logits, classes) for logits in every])
@@ -222,12 +236,24 @@ class Examiner:
                 )
                 found |= {f"told.{name}": values for name, values in vars(told).items()}
                 found[UNTOLD] = untold.label_confidence
+        membership, of_codes = model.parted(said)
         scores = membership.double().cpu().numpy()
         if asked.needs_labels:
             scores = np.where(labels >= 0, scores, np.nan)
+        if of_codes is not None:
+            logits = of_codes.float().cpu().numpy()
+            if asked.needs_labels:
+                logits[labels < 0] = np.nan
+            found[CODE_LOGITS] = logits
+            found[CODE_CONTENT] = np.stack([np.frombuffer(c, np.uint8) for c in batch.code_content])
         found |= {"mint_logit": scores, "finite": finite.cpu().numpy()}
         found["taps"] = means[0].cpu().numpy() @ asked.projection
         return found
+
+
+def _finite(said: torch.Tensor) -> torch.Tensor:
+    """(n,) whether all of (n, …) is finite."""
+    return torch.isfinite(said).flatten(1).all(1) if said.ndim > 1 else torch.isfinite(said)
 
 
 class _Read:
@@ -238,6 +264,7 @@ class _Read:
         problems: why each cannot be looked at; empty where it can.
         content: 64-bit hash of each one's pixels at the model's size; 0 where there are none.
         pixels: (channels, size, size) uint8 of those that can be looked at.
+        code_content: of those, what their codes are made from; empty where the head says none.
     """
 
     def __init__(self, label: npt.NDArray[np.int64]) -> None:
@@ -245,6 +272,7 @@ class _Read:
         self.problems = [""] * len(label)
         self.content = [0] * len(label)
         self.pixels: list[torch.Tensor] = []
+        self.code_content: list[bytes] = []
 
     def columns(self) -> Arrays:
         """A row a suspect, in the source's order, whether it could be read or not."""

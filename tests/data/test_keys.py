@@ -166,7 +166,7 @@ def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
         (str(tmp_path / "no.key"), None, "no.key': is not there; `amint key new FILE` makes one"),
         (str(tmp_path), None, "is a folder"),
         ("a\0b", None, "cannot be read"),
-        (None, "AMINT_TEST_KEY", "'AMINT_TEST_KEY' .mint.key_env.: is not set"),
+        (None, "AMINT_TEST_KEY", "'AMINT_TEST_KEY' .mint.key_env, or --key-env.: is not set"),
         (digits, None, "looks like a key itself"),
         (None, digits, "looks like a key itself"),
     ):
