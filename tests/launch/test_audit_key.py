@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ class Keyed:
     def run(self, suspects: Path, folder: Path, *overrides: str, **given: Any) -> dict[str, Any]:
         overrides = (f"audit.folder={folder}", *overrides)
         return run_audit(str(self.audited.model), str(suspects), overrides, Silent(), **given)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small work: more would wait for each other
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
