@@ -109,6 +109,9 @@ def judge_by_key(
         "withheld": _needed(known["withheld"], code.bits, settings) if head == "fixed" else None,
     }
     reasons = _reasons(found, needed["member"], len(known["member"]), settings)
+    unnoticed = head == "learned" and found is not None and found.p_soft > settings.alpha
+    if unnoticed and len(known["withheld"]):
+        reasons.append(words.WITHHELD)
     if reasons or found is None:
         verdict = "no_verdict"
     else:
@@ -121,7 +124,7 @@ def judge_by_key(
         "p_value": None if found is None else found.p_soft,
         **{name: getattr(settings, name) for name in ("alpha", "fdr", "prior", "confidence")},
         "reasons": reasons,
-        "reservations": [words.WITHHELD] if head == "learned" and verdict == "not_member" else [],
+        "reservations": [words.WITHHELD] if unnoticed and verdict == "not_member" else [],
         "share": {
             **share.as_dict(),
             "of": words.SHARE_OF if told else None,

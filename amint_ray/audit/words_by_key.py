@@ -17,9 +17,13 @@ WITHHELD = {
         "training images that were withheld from the head would not be noticed, as it was not "
         "taught their codes"
     ),
-    "help": "look at the model's outputs as well, by an audit without the key",
+    "help": (
+        "look at the model's outputs as well, by an audit without the key; a model that was "
+        "trained with mint.keyed.head=fixed, or with nothing withheld, can be asked for more"
+    ),
 }
-"""What is to be held against `not_member` by a learned head."""
+"""Why a learned head cannot acquit where images were withheld from it, as every result shows; and
+what is to be held against `not_member` where none was."""
 _NO_TRACE = "that images were not used: one whose code the model did not keep looks like any other"
 _LEARNED = (
     "training images that were withheld from the head, which was not taught their codes, look like "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError
 from amint_ray.data.keys import codes, image_content, key_fingerprint, load_key, perceptual_content
@@ -51,8 +53,19 @@ def codes_of(config: Config, dataset: Dataset) -> Codes | None:
     return codes(_key(config), contents, _LONGEST)
 
 
+_TAKEN: dict[str, str] = {}
+"""Environment variables that held a key: processes that are started later must not inherit it."""
+
+
 def _key(config: Config) -> bytes:
-    return load_key(key_file=config.mint.key_file, key_env=config.mint.key_env)
+    variable = config.mint.key_env
+    if variable is not None and variable in os.environ:
+        key = load_key(key_file=None, key_env=variable)
+        _TAKEN[variable] = os.environ.pop(variable)
+        return key
+    if variable in _TAKEN:
+        return bytes.fromhex(_TAKEN[variable].strip())
+    return load_key(key_file=config.mint.key_file, key_env=variable)
 
 
 def _where(config: Config) -> str:

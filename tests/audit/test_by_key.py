@@ -20,6 +20,7 @@ from amint_ray.audit.report import extremes, render
 from amint_ray.audit.suspects import Settings
 from amint_ray.audit.verdict import Judgement, judge
 from amint_ray.audit.yardstick import Yardstick
+from amint_ray.contracts import Role
 from amint_ray.evaluation.keyed import hard_p_values, soft_p_values
 from amint_ray.evaluation.keyed_collection import collection_test, images_needed
 
@@ -57,7 +58,7 @@ def test_a_wrong_key_finds_nothing() -> None:
     wrong = dataclasses.replace(members, code=other.code)
     assert (wrong.content == other.content).all()
     found = judged(wrong)
-    assert found.document["verdict"] == "not_member"
+    assert found.document["verdict"] == "no_verdict"
     assert found.document["p_value"] > 0.05
     assert kstest(found.images["p_value"], "uniform").pvalue > 0.01
 
@@ -132,12 +133,18 @@ def test_a_collection_that_is_too_small_acquits_nobody() -> None:
     assert 5 < needed < 200
     assert small.document["power"]["withheld"] is None
     assert small.document["verdict"] == "no_verdict"
-    assert [reason["code"] for reason in small.document["reasons"]] == ["underpowered"]
+    codes = [reason["code"] for reason in small.document["reasons"]]
+    assert codes == ["underpowered", "withheld_from_head"]
     assert f"{needed} whose codes" in small.document["reasons"][0]["text"]
     matched = known(memory).code_matches[known(memory).role == "member"]
     right = (np.arange(BITS) < matched[:, None]).astype(int)
     assert needed == images_needed(np.ones(right.shape), right, p=0.01, power=0.95)
-    enough = judged(suspects(rng, members=0, others=needed), memory=memory)
+    strangers = suspects(rng, members=0, others=needed)
+    # Of what was withheld from a learned head nothing would be noticed, however much there is.
+    (why,) = judged(strangers, memory=memory).document["reasons"]
+    assert why["code"] == "withheld_from_head"
+    told_all = known(memory).of(Role.CALIBRATION, Role.MEMBER)
+    enough = judge_by_key(strangers, told_all, Settings(), code=CODE, head="learned")
     assert enough.document["verdict"] == "not_member"
     (held,) = enough.document["reservations"]
     assert held["code"] == "withheld_from_head"

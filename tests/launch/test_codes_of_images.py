@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,9 @@ def test_the_key_belongs_to_the_configuration(
         with_key(load_config("digits", ["mint.objective=both"]))
     monkeypatch.setenv("AUDIT_KEY", other.hex())
     by_name = load_config("digits", ["mint.objective=both", "mint.key_env=AUDIT_KEY"])
+    assert with_key(by_name).mint.keyed.fingerprint == key_fingerprint(other)
+    # Processes that are started from here on do not inherit it, and this one still has it.
+    assert "AUDIT_KEY" not in os.environ
     assert with_key(by_name).mint.keyed.fingerprint == key_fingerprint(other)
     assert training_fingerprint(with_key(by_name)) != training_fingerprint(config)
     (tmp_path / "moved").write_text((tmp_path / "key").read_text())
