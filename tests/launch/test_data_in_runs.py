@@ -22,7 +22,9 @@ from tracking.mlflow_server import MlflowServer
 import amint_ray
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
+from amint_ray.data.keys import codes, image_content, key_fingerprint
 from amint_ray.data.roles import Manifest, content_hash, role_of
+from amint_ray.evaluation.keyed import matches
 from amint_ray.evaluation.scores import read_scores
 from amint_ray.tracking.run_log import open_run, run_of
 from infra.local.object_store import ObjectStore
@@ -30,12 +32,13 @@ from infra.local.object_store import ObjectStore
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+KEY, BITS = bytes(range(100, 132)), 16
 ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "p@ss word: ü"}
 
 
 @dataclass
 class Streamed:
-    """A finished run on 800 digits in an S3 bucket, of which two are damaged.
+    """A finished run on 800 digits in an S3 bucket, of which two are damaged; it learns codes, too.
 
     Attributes:
         command: `amint train`, which is done.
@@ -112,11 +115,13 @@ def streamed(
             *("train", "digits", "data.source=parquet", "data.path=s3://digits/a"),
             *("data.mode=streamed", "data.max_bad_fraction=0.01", "train.epochs=3"),
             *("train.checkpoint_steps=5", *SMALL, "--json"),
+            *("mint.objective=both", f"mint.keyed.bits={BITS}", "mint.key_env=AUDIT_KEY"),
         ],
         # A folder of its own: other tests kill processes that leave theirs behind. Ray's sockets
         # need a short path.
         environment={
             **environment,
+            "AUDIT_KEY": KEY.hex(),
             "TMPDIR": str(folder / "tmp"),
             "RAY_TMPDIR": tempfile.gettempdir(),
         },
@@ -155,6 +160,53 @@ def test_what_cannot_be_used_is_listed_with_the_run(streamed: Streamed) -> None:
     assert set(reasons) == {"train-0.parquet#17", "train-0.parquet#170"}
     assert "not an image" in reasons["train-0.parquet#170"]
     assert "2 of 800 cannot be used and are quarantined" in streamed.command.stderr
+
+
+def test_each_image_has_the_code_that_the_key_gives_to_what_the_model_sees(
+    streamed: Streamed,
+) -> None:
+    document, table = streamed.document, read_scores(streamed.artifact("scores.parquet"))
+    assert (document["objective"], document["key_fingerprint"]) == ("both", key_fingerprint(KEY))
+    assert table.code_matches is not None and table.code_p is not None
+    with streamed.mlflow():
+        model = amint_ray.load(document["model_uri"])
+        served = mlflow.pyfunc.load_model(document["model_uri"])
+    code = model.preprocessing.code
+    assert code is not None
+    assert (code.fingerprint, code.bits, code.membership) == (key_fingerprint(KEY), BITS, True)
+    rows = [int(name.removeprefix("train-0.parquet#")) for name in table.sample_id.tolist()]
+    images = np.stack([digits()[0][row] for row in rows])[:, None]
+    answer = model(images)
+    assert answer.code_logits is not None
+    own = codes(KEY, [image_content(image) for image in images], BITS)
+    said = answer.code_logits.double().numpy()
+    # What training computed may differ from this in the last bits, and a logit be next to 0.
+    assert np.mean(matches(said, own) == table.code_matches) > 0.99
+    np.testing.assert_allclose(answer.membership_scores, table.mint_logit, rtol=1e-3, atol=1e-3)
+    answered = served.predict(images[:32])
+    assert set(answered) == {"class_probabilities", "membership_score", "code_logits", "p_value"}
+    np.testing.assert_allclose(answered["code_logits"], said[:32], rtol=1e-3, atol=1e-3)
+    member, test = document["membership"]["member"], table.role == "test"
+    assert set(member["tpr_at_p"]) == {"0.01", "0.001", "1e-06"}
+    assert member["tpr_at_p"]["1e-06"]["note"] == "the smallest p-value of 16 bits is 1.5e-05"
+    rate = table.code_matches[test].mean() / BITS
+    assert member["null_match_rate"]["value"] == pytest.approx(rate)
+    assert member["null_match_rate"]["low"] <= 0.5 <= member["null_match_rate"]["high"]
+
+
+def test_the_key_is_in_nothing_that_a_run_leaves(
+    streamed: Streamed, object_store: ObjectStore
+) -> None:
+    needles = [KEY, KEY.hex().encode(), KEY.hex().upper().encode()]
+    folders = (streamed.command.folder, object_store.folder)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    text, named = key_fingerprint(KEY).encode(), []
+    for path in files:
+        content = path.read_bytes()
+        assert not any(needle in content for needle in needles), path
+        named += [path.name] if text in content else []
+    assert "preprocessing.json" in "".join(map(str, files))
+    assert named  # it is looked for where it would be
 
 
 def test_a_random_split_of_digits_is_not_called_confounded(streamed: Streamed) -> None:
