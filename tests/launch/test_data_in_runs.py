@@ -168,9 +168,8 @@ def test_each_image_has_the_code_that_the_key_gives_to_what_the_model_sees(
     document, table = streamed.document, read_scores(streamed.artifact("scores.parquet"))
     assert (document["objective"], document["key_fingerprint"]) == ("both", key_fingerprint(KEY))
     assert table.code_matches is not None and table.code_p is not None
-    with streamed.mlflow():
-        model = amint_ray.load(document["model_uri"])
-        served = mlflow.pyfunc.load_model(document["model_uri"])
+    folder = streamed.artifact("model")
+    model, served = amint_ray.load(str(folder)), mlflow.pyfunc.load_model(str(folder))
     code = model.preprocessing.code
     assert code is not None
     assert (code.fingerprint, code.bits, code.membership) == (key_fingerprint(KEY), BITS, True)
