@@ -37,6 +37,7 @@ from amint_ray.data.loading import MemoryStreams
 from amint_ray.data.memory import load_memory
 from amint_ray.data.sources import Fault, open_source
 from amint_ray.data.transforms import Views
+from amint_ray.evaluation.metrics import Interval, auc
 from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import score
 from amint_ray.model.joint import plan_architecture
@@ -90,7 +91,7 @@ def compare(recipe: str, overrides: Sequence[str], seeds: int, settings: Sequenc
         fixed = [f"data.shares={{{shares}}}", f"train.seed={seed}", f"data.split_seed={seed}"]
         for name in settings:
             config = load_config(recipe, [*overrides, *fixed, *SETTINGS[name]])
-            run, _, wrong = trained(config)
+            run, streams, wrong = trained(config)
             with_head = config.loss.lambda_mint > 0
             figures = evaluate(run.scores, config.evaluation, head_trained=with_head)
             entry = figures | {
@@ -100,9 +101,24 @@ def compare(recipe: str, overrides: Sequence[str], seeds: int, settings: Sequenc
             if config.uses_key:
                 table = score(run.model, wrong.score_batches(list(Role)), torch.device("cpu"))
                 entry["other_key"] = evaluate(table, config.evaluation)["membership"]["member"]
+                entry["no_key"] = without_key(run, streams, config).as_dict()
             print(json.dumps({"seed": seed, "setting": name} | _short(entry)), file=sys.stderr)
             found[name].append(entry)
     return found
+
+
+@torch.inference_mode()
+def without_key(run: Trained, streams: MemoryStreams, config: Config) -> Interval:
+    """AUC, member against test, of how sure the head is of bits: whoever has the model can ask."""
+    sure: dict[str, list[Any]] = {role.value: [] for role in (Role.MEMBER, Role.TEST)}
+    model = run.model.eval()
+    for role in sure:
+        for batch in streams.score_batches([Role(role)]):
+            _, code = model.parted(model.membership(batch.images, batch.labels))
+            assert code is not None
+            sure[role].append(code.abs().mean(1).double().numpy())
+    member, test = (np.concatenate(each) for each in sure.values())
+    return auc(member, test, confidence=config.evaluation.confidence)
 
 
 ROWS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -120,6 +136,9 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     ),
     "AUC, member vs test, another key": lambda e: (
         e["other_key"]["auc"]["value"] if "other_key" in e else None
+    ),
+    "AUC, member vs test, without a key: mean size of the code's logits": lambda e: (
+        e["no_key"]["value"] if "no_key" in e else None
     ),
     "TPR at p ≤ 0.01": lambda e: _at(e, "0.01"),
     "TPR at p ≤ 0.001": lambda e: _at(e, "0.001"),
