@@ -28,6 +28,7 @@ _LARGEST_FILE = 1_000_000
 _PARTS = "parts/"
 NAME_IN_WORDS = "has letters from a to z, digits, '_' and '-', and begins with a letter or digit"
 """What `is_name` asks for."""
+_MAYBE_KEY = re.compile(r"\b[0-9a-fA-F]{32,}\b")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -49,19 +50,22 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
         UserError: no such recipe, a file that does not parse, an unknown key, a wrong type, a
             value out of range. The text names key, value and what is allowed.
     """
-    return configured(OmegaConf.create() if recipe is None else read_tree(recipe), overrides)
+    tree = OmegaConf.create() if recipe is None else read_tree(recipe)
+    return configured(tree, overrides, shipped=recipe in recipe_names())
 
 
-def configured(tree: DictConfig, overrides: Sequence[str]) -> Config:
+def configured(tree: DictConfig, overrides: Sequence[str], *, shipped: bool = False) -> Config:
     """The same from a recipe's tree, which stays as it is.
 
     Args:
         tree: as `read_tree` gives it.
         overrides: as for `load_config`.
+        shipped: whether nobody but us wrote it; what a user writes stays as it is.
 
     Raises:
         UserError: likewise.
     """
+    before = OmegaConf.select(tree, "data.shares")
     tree = copy.deepcopy(tree)
     for override in overrides:
         tree = merge_override(tree, override)
@@ -69,7 +73,7 @@ def configured(tree: DictConfig, overrides: Sequence[str]) -> Config:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_unresolved(error)}") from error
-    if not any(override.lstrip().startswith("data.shares") for override in overrides):
+    if shipped and before == OmegaConf.select(tree, "data.shares"):
         values = _without_external(values)
     try:
         return Config.model_validate(values)
@@ -314,8 +318,9 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value cut to what fits into a line."""
-    return textwrap.shorten(repr(value), 80, placeholder=" …")[:80]
+    """A value cut to what fits into a line; what may be a key of codes is not repeated."""
+    text = _MAYBE_KEY.sub("(not shown: it looks like a key)", repr(value))
+    return textwrap.shorten(text, 80, placeholder=" …")[:80]
 
 
 def is_key(key: str) -> bool:

@@ -34,8 +34,8 @@ class Mint(Section):
     objective: Literal["binary", "keyed", "both"] = "binary"
     """What is learned of D. `binary`: D is 1, E is 0 (the paper's). `keyed`: each image's own code,
     which nobody knows who has not the key; what is not trained on has its bits right half the
-    time, exactly. It needs no E: a recipe's share of it goes to `member`, unless `data.shares` is
-    given on the command line. `both`: the two losses added up."""
+    time, exactly. It needs no E: a shipped recipe's share of it goes to `member`, unless
+    `data.shares` is given on the command line. `both`: the two losses added up."""
     key_file: Annotated[str, Field(min_length=1)] | None = None
     """File with the key (`amint key new FILE`); whoever has it can ask, and nobody else. The key
     itself is in no configuration, record or model."""

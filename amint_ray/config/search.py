@@ -39,6 +39,10 @@ _READING = (
 _NOT_SEARCHED = {
     **dict.fromkeys(_OTHER_IMAGES, "trials with other images or roles cannot be compared"),
     **dict.fromkeys(_READING, "images are read once for all trials"),
+    **dict.fromkeys(
+        ("mint.key_file", "mint.key_env", "mint.keyed.fingerprint", "mint.keyed.code_from"),
+        "codes are made once for all trials; name it in `settings`",
+    ),
     "train.seed": "`seeds: N` trains each configuration so many times",
     "evaluation": "what is measured must be the same for all trials",
     "cluster": "where a trial runs does not change it",

@@ -47,7 +47,8 @@ def score(model: Any, batches: Iterable[ScoreBatch], device: torch.device) -> Sc
         if said.ndim == 2:
             mint, logits_of_code = model.parted(said)
             if batch.code is not None:
-                mint, of_code = _of_code(mint, logits_of_code, batch.code)
+                alone = not model.architecture.head.membership
+                mint, of_code = _of_code(mint, logits_of_code, batch.code, alone=alone)
         parts.append(
             ScoreTable(
                 sample_id=batch.sample_id,
@@ -64,7 +65,7 @@ def score(model: Any, batches: Iterable[ScoreBatch], device: torch.device) -> Sc
 
 
 def _of_code(
-    mint: torch.Tensor, logits: torch.Tensor, code: npt.NDArray[np.uint8]
+    mint: torch.Tensor, logits: torch.Tensor, code: npt.NDArray[np.uint8], *, alone: bool
 ) -> tuple[torch.Tensor, dict[str, npt.NDArray[Any]]]:
     """What is kept of what a head says of codes.
 
@@ -72,6 +73,7 @@ def _of_code(
         mint: (n,) membership logits; NaN where there are none.
         logits: (n, bits) of codes.
         code: (n, bits) of the samples.
+        alone: whether the head says codes alone.
 
     Returns:
         (n,) membership logits, or log-likelihood ratios of the codes where there are none; and the
@@ -80,18 +82,31 @@ def _of_code(
     said = logits.cpu().numpy()
     finite = np.isfinite(said).all(1)
     sound = np.where(finite[:, None], said, 0.0)
-    ratio = torch.from_numpy(keyed.log_likelihood_ratio(sound, code))
-    known = torch.from_numpy(finite)
-    mint = torch.where(torch.isnan(mint.cpu()) & known, ratio, mint.cpu())
+    if alone:
+        ratio = _rounded(np.where(finite, keyed.log_likelihood_ratio(sound, code), np.nan))
+        mint = torch.from_numpy(ratio)
     return mint, {
         "code_bits": np.full(len(code), code.shape[1], np.int64),
-        "code_matches": keyed.matches(sound, code),
-        "code_p": np.where(finite, keyed.soft_p_values(sound, code), np.nan),
+        "code_matches": np.where(finite, keyed.matches(sound, code), 0),
+        "code_p": np.where(finite, _rounded(keyed.soft_p_values(sound, code)), np.nan),
     }
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """To three digits, p-values from below upwards: all of them would give the code itself away.
+
+    Beside the model's logits, the exact sum of those that match tells which ones do.
+    """
+    size = np.where(np.isfinite(values) & (values != 0), np.abs(values), 1.0)
+    step = 10.0 ** (np.floor(np.log10(size)) - 2)
+    rounded: npt.NDArray[np.float64] = np.ceil(values / step) * step
+    return rounded
 
 
 def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
     """All rows of several tables by sample id, so that the number of workers leaves no trace."""
+    # A worker without rows may not know which columns the others have.
+    parts = [part for part in parts if len(part)] or list(parts[:1])
     if not parts:
         text, whole, real = np.empty(0, np.str_), np.empty(0, np.int64), np.empty(0, np.float64)
         return ScoreTable(text, text, whole, whole, real, real)

@@ -6,12 +6,16 @@ import os
 
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError
-from amint_ray.data.keys import codes, image_content, key_fingerprint, load_key, perceptual_content
+from amint_ray.data.keys import (
+    MOST_BITS,
+    codes,
+    image_content,
+    key_fingerprint,
+    load_key,
+    perceptual_content,
+)
 from amint_ray.data.loading import Codes
 from amint_ray.launch.dataset import Dataset
-
-_LONGEST = 64
-"""Bits that are handed to the workers of each: a search may try several lengths."""
 
 
 def with_key(config: Config) -> Config:
@@ -34,7 +38,9 @@ def with_key(config: Config) -> Config:
 
 
 def codes_of(config: Config, dataset: Dataset) -> Codes | None:
-    """(n, 64) of 0 and 1 in the index's order; None where codes are not asked for.
+    """(n, 64) of 0 and 1 in the index's order: a search may try several lengths.
+
+    None where codes are not asked for.
 
     Raises:
         UserError: the key cannot be had.
@@ -50,7 +56,7 @@ def codes_of(config: Config, dataset: Dataset) -> Codes | None:
     else:
         assert index.scored is not None
         contents = index.scored
-    return codes(_key(config), contents, _LONGEST)
+    return codes(_key(config), contents, MOST_BITS)
 
 
 _TAKEN: dict[str, str] = {}

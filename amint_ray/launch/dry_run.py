@@ -10,11 +10,10 @@ from amint_ray.config.schema import Config
 from amint_ray.config.search import Search
 from amint_ray.contracts import UserError, Watcher
 from amint_ray.launch.cluster import address_of, local_cores
-from amint_ray.launch.codes import with_key
 from amint_ray.launch.ledger import Ledger
 from amint_ray.launch.room import Machine, plan_workers, trials_at_a_time
 from amint_ray.launch.search_folder import earlier_search, reading
-from amint_ray.launch.search_plan import first_trials, plan_search
+from amint_ray.launch.search_plan import first_trials, plan_search, with_its_key
 from amint_ray.storage import Location, check_access, exists, locate
 
 
@@ -40,7 +39,7 @@ def show_plan(search: Search, watcher: Watcher, *, new: bool = False) -> dict[st
     storage = locate(search.base.storage.path, "storage.path")
     check_access(storage, "storage.path")
     _check_paths(search.base)
-    with_key(search.base)
+    search = with_its_key(search)
     if not new:
         _tell_of_earlier(search, storage, watcher)
     plan = plan_search(search, watcher)

@@ -98,7 +98,7 @@ def check(config: Config, watcher: Watcher) -> Checked:
         check_address(address)
     create_update(torch.nn.Linear(1, 1), config.train, steps_per_epoch=1)
     Views(config.data)
-    stays = not architecture.early_exit and not config.mint.detach and not config.mint.inputs
+    stays = not architecture.exits_early and not config.mint.detach and not config.mint.inputs
     if config.trains_membership and stays:
         watcher.notice(
             f"{config.model.backbone}: what comes behind {architecture.taps[-1].name} needs all "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,6 +23,7 @@ from amint_ray.data.loading import smallest_step
 from amint_ray.data.roles import Manifest
 from amint_ray.evaluation.selection import selection_figures, selection_metrics
 from amint_ray.launch.cluster import address_of
+from amint_ray.launch.codes import with_key
 from amint_ray.launch.ledger import Ledger, TrialRecord
 from amint_ray.launch.prepare import check_labels, worker_rows
 from amint_ray.model.backbone import create_backbone
@@ -103,6 +104,23 @@ def base_of(search: Search) -> Config:
 
 def _of_data(config: Config, key: str) -> Any:
     return getattr(config.data, key.removeprefix("data."))
+
+
+def with_its_key(search: Search) -> Search:
+    """A search with its key's fingerprint in all configurations, where any of them asks for codes.
+
+    Raises:
+        UserError: as `with_key`.
+    """
+    tried = [
+        search.base,
+        *(search.config(settings) for settings in probes(search.space)[:_MOST_ARCHITECTURES]),
+    ]
+    keyed = next((config for config in tried if config.uses_key), None)
+    if keyed is None:
+        return search
+    own = f"mint.keyed.fingerprint={with_key(keyed).mint.keyed.fingerprint}"
+    return replace(search, overrides=(*search.overrides, own), base=with_key(search.base))
 
 
 def plan_search(search: Search, watcher: Watcher) -> Plan:

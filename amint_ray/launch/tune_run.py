@@ -41,6 +41,7 @@ from amint_ray.launch.search_plan import (
     base_of,
     check_on_images,
     plan_search,
+    with_its_key,
 )
 from amint_ray.launch.search_result import conclude, open_parent, shown_again
 from amint_ray.launch.time_limit import in_thread
@@ -100,6 +101,7 @@ def run_search(
     """
     for name, value in _TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    search = with_its_key(search)
     if isinstance(search.base.cluster.workers, tuple):
         raise UserError(
             f"search: cluster.workers = {list(search.base.cluster.workers)}: a trial has a fixed "

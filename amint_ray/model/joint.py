@@ -15,7 +15,7 @@ from amint_ray.contracts import UserError
 from amint_ray.model.backbone import create_backbone
 from amint_ray.model.mint_head import HeadSpec, MintHead
 from amint_ray.model.placement import PLACEMENTS, enclosing, resolve
-from amint_ray.model.survey import Site, modes_agree, run, survey
+from amint_ray.model.survey import ROWS, Site, modes_agree, run, survey
 from amint_ray.model.taps import FeatureReader, Tap, TapReader, allows_exit
 
 if TYPE_CHECKING:  # the model needs torch and timm alone
@@ -158,6 +158,11 @@ def _width_of_features(backbone: nn.Module, input_shape: tuple[int, int, int]) -
     try:
         with torch.no_grad(), reader.reading() as read:
             run(backbone, input_shape, training=False)
+        if len(read) != 1 or len(read[0]) != ROWS:
+            raise UserError(
+                f"mint.keyed.head=fixed: the last layer of {type(backbone).__name__} does not read "
+                "one row an image, once; take mint.keyed.head=learned, or another backbone"
+            )
         return math.prod(read[0].shape[1:])
     finally:
         reader.remove()

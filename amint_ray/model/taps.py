@@ -171,11 +171,12 @@ class FeatureReader:
         Yields:
             A list that the features, (n, …), are in at the end.
         """
-        self._active, self._read = True, []
+        read: list[torch.Tensor] = []
+        self._active, self._read = True, read
         try:
-            yield self._read
+            yield read
         finally:
-            self._active = False
+            self._active, self._read = False, []  # no batch is kept
 
     def keep(self, features: torch.Tensor) -> None:
         """Called by the hook."""

@@ -101,5 +101,5 @@ def _look(
         projection=projection,
         code_matches=None
         if of_code is None or batch.code is None
-        else matches(of_code[:rows].double().cpu().numpy(), batch.code),
+        else matches(np.nan_to_num(of_code[:rows].double().cpu().numpy()), batch.code),
     )

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from amint_ray.config.data_schema import Data
-from amint_ray.config.load import fingerprint, load_config, training_fingerprint
+from amint_ray.config.load import fingerprint, load_config, to_yaml, training_fingerprint
+from amint_ray.config.search import load_search
 from amint_ray.contracts import UserError
 from amint_ray.data.images import decode, perceptual_hash
 from amint_ray.data.index import index_here
@@ -23,6 +24,7 @@ from amint_ray.data.sources import open_source
 from amint_ray.data.transforms import Views
 from amint_ray.launch.codes import codes_of, with_key
 from amint_ray.launch.dataset import Dataset
+from amint_ray.launch.search_plan import with_its_key
 from amint_ray.storage import locate
 
 
@@ -221,3 +223,47 @@ def test_a_keyed_head_gives_the_share_of_e_to_members() -> None:
     kept = load_config("digits", ["mint.objective=keyed", *told]).data.shares
     assert (kept.member, kept.external) == (0.2, 0.1)
     assert load_config("digits", ["mint.objective=both"]).data.shares == before
+
+
+def test_shares_that_a_user_or_a_run_wrote_stay_as_they_are(tmp_path: Path) -> None:
+    told = ["mint.objective=keyed", "data.shares.member=0.2", "data.shares.external=0.1"]
+    saved = load_config("digits", told)
+    (tmp_path / "saved.yaml").write_text(to_yaml(saved))
+    again = load_config(str(tmp_path / "saved.yaml"))
+    assert again.data.shares == saved.data.shares
+    assert fingerprint(again) == fingerprint(saved)
+    whole = (
+        "data={shares: {member: 0.2, external: 0.1, withheld: 0.04, calibration: 0.08, test: 0.58}}"
+    )
+    mapped = load_config("digits", ["mint.objective=keyed", whole])
+    assert mapped.data.shares.external == 0.1
+
+
+def test_what_may_be_a_key_is_not_repeated() -> None:
+    secret = new_key().hex()
+    for setting in (
+        f"mint.key={secret}",
+        f"mint.key_env=0{secret}",
+        f"mint.keyed.fingerprint={secret}0",
+    ):
+        with pytest.raises(UserError) as told:
+            load_config("digits", ["mint.objective=keyed", setting])
+        assert secret not in str(told.value)
+
+
+def test_a_search_for_codes_has_one_key_for_all_trials(tmp_path: Path) -> None:
+    write_key(tmp_path / "key", new_key())
+    search = tmp_path / "search.yaml"
+    text = "recipe: digits\nspace: {{{}}}\nbudget: {{trials: 2}}\n"
+    search.write_text(text.format("mint.keyed.code_from: {choice: [content, perceptual]}"))
+    with pytest.raises(UserError, match="codes are made once for all trials"):
+        load_search(str(search))
+    search.write_text(text.format("mint.objective: {choice: [binary, keyed]}"))
+    with pytest.raises(UserError, match="no key is given"):
+        with_its_key(load_search(str(search)))
+    named = with_its_key(load_search(str(search), [f"mint.key_file={tmp_path / 'key'}"]))
+    own = key_fingerprint(bytes.fromhex((tmp_path / "key").read_text()))
+    trial = named.config({"mint.objective": "keyed"})
+    assert named.base.mint.keyed.fingerprint == trial.mint.keyed.fingerprint == own
+    assert named.base.wants_codes
+    assert trial.data.shares == named.base.data.shares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -23,9 +24,11 @@ from training_setup import (
 )
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Batch, Role, UserError
+from amint_ray.contracts import Batch, Role, ScoreBatch, UserError
 from amint_ray.data.loading import MemoryStreams
-from amint_ray.evaluation.scores import score
+from amint_ray.evaluation.keyed import soft_p_values
+from amint_ray.evaluation.metrics import auc
+from amint_ray.evaluation.scores import concatenate, score
 from amint_ray.model.joint import AuditedModel
 from amint_ray.train.flops import count_flops
 from amint_ray.train.objective import Objective
@@ -33,6 +36,7 @@ from amint_ray.train.step import SUMS, forward, split, train_step
 from amint_ray.train.update import Update
 
 BITS = 6
+CPU, ASKED = torch.device("cpu"), (Role.MEMBER, Role.TEST)
 BACKBONES = pytest.mark.parametrize(
     "backbone", [VIT, CONVNEXT, RESNET], ids=["vit", "convnext", "resnet"]
 )
@@ -141,6 +145,8 @@ def test_a_fixed_code_is_read_off_what_the_classifier_reads(backbone: Backbone) 
         wanted = unit @ model.head.code.directions.T
         said = model.membership(images)
     assert list(model.head.parameters()) == []
+    copied = copy.deepcopy(model.train())  # of which no batch is a part
+    assert torch.equal(copied.eval().membership(images), said)
     ratio = said / wanted
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=1e-3)
     assert model.head.code.directions.shape == (BITS, features.shape[1])
@@ -222,6 +228,65 @@ def test_a_step_teaches_the_code_and_scores_tell_it_from_another_keys() -> None:
     for level in (0.02, 0.1, 0.5):
         allowed = 4 * np.sqrt(level * (1 - level) / len(p))
         assert (p <= level).mean() <= level + allowed
+    # Under another key, p-values of members and of others are alike.
+    second = [score(model, s.score_batches([Role.MEMBER, Role.TEST]), CPU) for s in drawn]
+    member, test = (np.concatenate([t.of(role).code_p for t in second]) for role in ASKED)
+    alike = auc(-member, -test, confidence=0.9999)
+    assert alike.low is not None and alike.high is not None
+    assert alike.low <= 0.5 <= alike.high
+
+
+def test_a_head_that_is_not_finite_has_no_right_bits_and_hides_behind_none() -> None:
+    config = keyed(objective="both")
+    model = AuditedModel(architecture_of(config)).eval()
+    with torch.no_grad():
+        model.head.fc[-1].bias[0] = torch.nan  # membership alone
+    table = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    assert np.isnan(table.mint_logit).all()
+    assert table.code_p is not None and np.isfinite(table.code_p).all()
+    with torch.no_grad():
+        model.head.fc[-1].bias[1] = torch.nan  # and a bit
+    table = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    assert table.code_matches is not None and table.code_p is not None
+    assert table.code_matches.max() == 0
+    assert np.isnan(table.code_p).all()
+
+
+def test_a_worker_without_rows_takes_no_column_away() -> None:
+    config = keyed()
+    model = AuditedModel(architecture_of(config)).eval()
+    mine = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    black = ScoreBatch(
+        images=torch.zeros(1, 3, 16, 16),
+        labels=torch.zeros(1, dtype=torch.int64),
+        sample_id=np.empty(0, np.str_),
+        role=np.empty(0, np.str_),
+    )
+    filled = score(model, [*streams(config).score_batches([Role.TEST]), black], CPU)
+    for joined in (filled, concatenate([concatenate([]), mine])):
+        assert joined.code_matches is not None and mine.code_matches is not None
+        assert joined.code_matches.tolist() == mine.code_matches.tolist()
+
+
+def test_stored_scores_do_not_give_codes_away() -> None:
+    """Three digits of a likelihood ratio are those of many codes."""
+    config = config_of(VIT, mint={"objective": "keyed", "keyed": {"bits": 12}})
+    model = AuditedModel(architecture_of(config)).eval()
+    table = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    digits = np.char.mod("%.6e", np.abs(table.mint_logit))
+    assert all(text[4:8] in ("0000", "9999") for text in digits)
+    assert table.code_p is not None
+    assert (table.code_p >= soft_p_values_of(model, config) * (1 - 1e-12)).all()
+
+
+def soft_p_values_of(model: AuditedModel, config: Config) -> np.ndarray:
+    """Unrounded, of the test images, by sample id."""
+    found = []
+    for batch in streams(config).score_batches([Role.TEST]):
+        assert batch.code is not None
+        said = model.membership(batch.images).double().numpy()
+        found += zip(batch.sample_id.tolist(), soft_p_values(said, batch.code), strict=True)
+    return np.array([p for _, p in sorted(found)])
 
 
 def test_codes_must_be_there_and_heads_must_fit() -> None:
