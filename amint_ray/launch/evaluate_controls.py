@@ -295,7 +295,7 @@ def _controls(plan: _Plan, table: ScoreTable, config: Config, done: Done) -> dic
     found["near_duplicates"] = _near_duplicates(plan, table, config)
     if plan.strangers is None:
         found["strangers"] = {
-            "note": "a key's error rate is the same for all images"
+            "note": "codes have one error rate for all images; there is nothing to test"
             if config.uses_key
             else "the MINT head was not trained (loss.lambda_mint = 0)"
         }

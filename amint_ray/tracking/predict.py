@@ -162,8 +162,8 @@ class AuditedModel(PythonModel):  # type: ignore[misc]  # MLflow has no types
         Returns:
             `class_probabilities` (n, classes) float32; `membership_score` (n,) float32, the head's
             logit; `p_value` (n,) float64, which a model without a trained head has not. Of a head
-            that says codes `code_logits` (n, bits) float32, and the others only if it says
-            membership, too.
+            that says codes `code_logits` (n, bits) float32, and the score and p-value only if it
+            says membership, too.
         """
         asked: Any = model_input
         given = asked if isinstance(asked, dict) else {"images": asked}

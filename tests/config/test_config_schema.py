@@ -19,7 +19,7 @@ from amint_ray.config.search_schema import SearchSpec
 from amint_ray.config.section import Section
 
 LEFT_OUT = ("cluster", "storage", "tracking", "data.path", "data.memory_gib", "data.readers")
-LEFT_OUT += ("data.timeout_seconds", "data.external.path")
+LEFT_OUT += ("data.timeout_seconds", "data.external.path", "mint.key_env", "mint.key_file")
 
 
 def sections(model: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[str, Any]]:
