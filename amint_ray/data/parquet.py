@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amint_ray.contracts import RunError, UserError, first_line
+from amint_ray.data.parquet_columns import Columns, holds_indices
 from amint_ray.data.sources import TEST_WORDS, DamagedError, Fault, Known, Raw, Shard, Unreadable
 from amint_ray.storage import FileEntry, Location, exists, list_files, locate
 
@@ -195,7 +196,7 @@ def open_parquet(
         if not there:
             raise UserError(f"{where}: {where}.path={path}: there is no such file or folder")
         raise UserError(f"{where}: {where}.path={path}: holds no *.parquet file")
-    columns = _Columns(image_column, label_column, where)
+    columns = Columns(image_column, label_column, where)
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         try:
             footers = list(pool.map(lambda entry: _footer(location, entry, label_column), entries))
@@ -303,70 +304,6 @@ def _is_test_split(name: str) -> bool:
     return any(_TEST_SPLIT.match(part) for part in PurePosixPath(name).parts)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The columns that were asked for."""
-
-    image: str | None
-    label: str | None
-    where: str
-
-    def check(self, schema: pa.Schema, name: str) -> str:
-        """The image column.
-
-        Raises:
-            UserError: a column is not there or is of another kind.
-        """
-        there = " ".join(", ".join(schema.names).split())
-        if several := [n for n in (self.image, self.label) if schema.names.count(n) > 1]:
-            raise UserError(
-                f"{self.where}: {name} has several columns {several[0]!r}; give each a name of its "
-                f"own; columns: {there}"
-            )
-        if self.label is not None:
-            if self.label not in schema.names:
-                raise UserError(
-                    f"{self.where}: {name} has no column {self.label!r} "
-                    f"({self.where}.label_column); it has: {there}"
-                )
-            kind = schema.field(self.label).type
-            if not _holds_indices(kind):
-                raise UserError(
-                    f"{self.where}: {name}: column {self.label!r} must hold class indices, it "
-                    f"holds {kind}; name another with {self.where}.label_column=NAME, columns: "
-                    f"{there}"
-                )
-        if self.image is None:
-            found = [field.name for field in schema if _holds_images(field.type, struct_only=True)]
-            if len(found) != 1 or schema.names.count(found[0]) != 1:
-                raise UserError(
-                    f"{self.where}: {name} has {len(found)} columns of the form {{bytes, path}}; "
-                    f"name one with {self.where}.image_column=NAME; columns: {there}"
-                )
-            return str(found[0])
-        if self.image not in schema.names:
-            raise UserError(
-                f"{self.where}: {name} has no column {self.image!r} ({self.where}.image_column); "
-                f"it has: {there}"
-            )
-        if not _holds_images(schema.field(self.image).type, struct_only=False):
-            raise UserError(
-                f"{self.where}: {name}: column {self.image!r} holds "
-                f"{schema.field(self.image).type}, no encoded images; columns: {there}"
-            )
-        return self.image
-
-
-def _holds_indices(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_null(kind))
-
-
-def _holds_images(kind: pa.DataType, *, struct_only: bool) -> bool:
-    if pa.types.is_struct(kind):
-        return "bytes" in {kind.field(i).name for i in range(kind.num_fields)}
-    return not struct_only and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
 def _unlabelled(parquet: pq.ParquetFile, label_column: str) -> bool:
     """Whether its publisher keeps the labels: all are −1.
 
@@ -374,8 +311,8 @@ def _unlabelled(parquet: pq.ParquetFile, label_column: str) -> bool:
     the whole process.
     """
     schema = parquet.schema_arrow
-    if schema.names.count(label_column) != 1 or not _holds_indices(schema.field(label_column).type):
-        return False  # `_Columns` says what is wrong
+    if schema.names.count(label_column) != 1 or not holds_indices(schema.field(label_column).type):
+        return False  # `Columns` says what is wrong
     try:
         for group in range(parquet.num_row_groups):
             labels = parquet.read_row_group(group, columns=[label_column]).column(0)
