@@ -33,7 +33,9 @@ class AuditSettings(Section):
     """Whether labels of the suspects are used: their folders' names where these are classes of the
     model, or `label_column`. The model's own prediction stands for a label that is not there."""
     image_column: str | None = None
-    """Parquet: the column with the images; by default the only one that holds any."""
+    """Parquet: the column with the images, as files (PNG, JPEG …): of the hub's form
+    `{bytes, path}`, or plain binary. By default the only one of the hub's form; a binary one has to
+    be named."""
     label_column: str | None = None
     """Parquet: the column with class indices, or the hub's `ClassLabel` with names; by default none
     is read."""

@@ -51,6 +51,11 @@ class Columns:
         if self.image is None:
             found = [field.name for field in schema if _holds_images(field.type, struct_only=True)]
             if len(found) != 1 or schema.names.count(found[0]) != 1:
+                if not any(_holds_images(kind, struct_only=False) for kind in schema.types):
+                    raise UserError(
+                        f"{self.where}: {name} holds no images: no column is of the form "
+                        f"{{bytes, path}}, and none binary; columns: {there}"
+                    )
                 raise UserError(
                     f"{self.where}: {name} has {len(found)} columns of the form {{bytes, path}}; "
                     f"name one with {self.where}.image_column=NAME; columns: {there}"

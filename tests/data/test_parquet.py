@@ -279,8 +279,13 @@ def test_wrong_column_lists_those_there(key: str, tmp_path: Path) -> None:
 def test_no_image_column_lists_those_there(tmp_path: Path) -> None:
     pq.write_table(pa.table({"photo": [1, 2], "label": [0, 1]}), tmp_path / "t.parquet")
     text = refusal(tmp_path)
-    assert "photo, label" in text
-    assert "data.image_column" in text
+    assert "t.parquet holds no images: no column is of the form {bytes, path}" in text
+    assert "columns: photo, label" in text and "image_column" not in text
+    table = pa.table({"photo": [b"x"], "label": [0]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert "has 0 columns of the form {bytes, path}; name one with data.image_column" in refusal(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "test.parquet"])
