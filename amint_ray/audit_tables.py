@@ -44,7 +44,7 @@ def print_audit(document: Mapping[str, Any], console: Console) -> None:
     )
     share = document["share"]
     of = f" ({share['of']})" if share["of"] else ""
-    console.print(f"share of training images in it{of}: {told(share)}")
+    console.print(f"share of training images in it{of}: {_share(share)}")
     table = Table("evidence", "p of the collection", "share", "images for power", "method")
     for name, part in document["evidence"].items():
         if not part["available"]:
@@ -66,6 +66,12 @@ def print_audit(document: Mapping[str, Any], console: Console) -> None:
         lines.add_row(words, told(document["lines"][name]))
     console.print(lines)
     console.print(f"report: {escape(document['report'])}")
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    """With its interval, or why it is not known."""
+    note = share.get("note")
+    return f"not known: {escape(note)}" if share["value"] is None and note else told(share)
 
 
 def _print_key(key: Mapping[str, Any], console: Console) -> None:

@@ -43,6 +43,12 @@ def shown(audit: dict[str, Any]) -> str:
     return " ".join(out.getvalue().split())
 
 
+def test_a_share_that_is_not_known_says_why() -> None:
+    share = figure(None) | {"note": "too few suspects to tell", "of": None, "by": None}
+    words = "share of training images in it: not known: too few suspects to tell"
+    assert words in shown(document(share=share))
+
+
 def test_an_audit_by_key_shows_the_bits_that_match_and_which_key_it_was() -> None:
     key = {
         **document()["evidence"]["head"],

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amint_ray.audit import words_by_key as words
+from amint_ray.audit.collection import telling
 from amint_ray.audit.output_scores import FEWEST_KNOWN
 from amint_ray.audit.suspects import Settings, Whole
 from amint_ray.audit.verdict import Judgement
@@ -116,7 +117,9 @@ def judge_by_key(
         verdict = "no_verdict"
     else:
         verdict = "member" if found.p_soft <= settings.alpha else "not_member"
-    share = share_of_members(matched, taught, bits=code.bits, confidence=settings.confidence)
+    share = telling(
+        share_of_members(matched, taught, bits=code.bits, confidence=settings.confidence)
+    )
     told = share.value is not None
     known_p = np.sort(hard_p_values(taught, code.bits))
     document = {

@@ -149,6 +149,13 @@ def share_of(
     return Interval(value, min(value, max(0.0, low)), max(value, min(1.0, high)))
 
 
+def telling(share: Interval) -> Interval:
+    """The share, or unknown where its interval excludes nothing: a figure would say too much."""
+    if share.low is None or share.high is None or share.low > 0 or share.high < 1:
+        return share
+    return Interval.unknown("too few suspects to tell")
+
+
 def _variance(known: Scores, suspects: int, calibration: float) -> tuple[float, float, float]:
     """Of the mean share minus what π predicts: coefficients of 1, π and π²."""
     theta, k = float(known.mean()), len(known)

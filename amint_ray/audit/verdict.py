@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.audit.collection import images_for_power, share_error, share_of
+from amint_ray.audit.collection import images_for_power, share_error, share_of, telling
 from amint_ray.audit.decisions import combined, precision, precision_at_threshold
 from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evidence
 from amint_ray.audit.likeness import LIMIT, Composition, Likeness, composition
@@ -277,13 +277,14 @@ def _power(evidence: Evidence, role: Role, settings: Settings, kinds: int) -> in
 
 
 def _share(evidence: Evidence, settings: Settings) -> Interval:
-    return share_of(
+    found = share_of(
         evidence.mean_share,
         evidence.shares(*_OF[evidence.name]),
         suspects=evidence.compared,
         calibration=evidence.calibration,
         confidence=settings.confidence,
     )
+    return telling(found)
 
 
 def _best_share(found: Sequence[Evidence], shares: Mapping[str, Interval]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from amint_ray.audit.collection import (
     power_curve,
     share_error,
     share_of,
+    telling,
 )
 from amint_ray.audit.ranks import Sample, critical_share, place
+from amint_ray.evaluation.metrics import Interval
 
 plain = Sample.unstratified
 
@@ -55,6 +57,13 @@ def test_no_share_where_the_score_tells_nothing() -> None:
         assert found.note
     known, _ = shares(rng, 200, 300, 2.0)
     assert share_of(0.7, known, suspects=0, calibration=300, confidence=0.95).value is None
+
+
+def test_a_share_that_excludes_nothing_is_not_told() -> None:
+    nothing = telling(Interval(0.88, 0.0, 1.0))
+    assert (nothing.value, nothing.note) == (None, "too few suspects to tell")
+    for some in (Interval(0.88, 0.1, 1.0), Interval(0.2, 0.0, 0.9), Interval.unknown("why")):
+        assert telling(some) == some
 
 
 def test_the_error_of_the_share_falls_with_suspects_and_calibration() -> None:
