@@ -18,7 +18,7 @@ from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evi
 from amint_ray.audit.likeness import LIMIT, Composition, Likeness, composition
 from amint_ray.audit.output_scores import FEWEST_KNOWN
 from amint_ray.audit.suspects import Mask, Settings
-from amint_ray.audit.words import CANNOT_SHOW, KEY_NEEDED, SHOWS, reason
+from amint_ray.audit.words import CANNOT_SHOW, INSTEAD, KEY_NEEDED, SHOWS, reason
 from amint_ray.audit.yardstick import Measured, Yardstick
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import benjamini_hochberg
@@ -120,6 +120,7 @@ def judge(
         powered=powered,
         silent=silent,
         within=within.collection,
+        instead=_instead(found, settings),
     )
     if reasons or p_value is None:
         verdict = "no_verdict"
@@ -338,6 +339,7 @@ def _reasons(
     powered: bool,
     silent: int,
     within: bool,
+    instead: str,
 ) -> list[dict[str, str]]:
     """Why there is no verdict; none where there is one."""
     found = []
@@ -352,5 +354,15 @@ def _reasons(
         found.append(reason("unlike", effect=alike.effect.value, limit=LIMIT))
     if p_value > settings.alpha and not powered:
         power = {"needed": needed, "power": settings.power}
-        found.append(reason("underpowered", compared=compared, within=within, **power))
+        found.append(
+            reason("underpowered", instead=instead, compared=compared, within=within, **power)
+        )
     return found
+
+
+def _instead(found: Sequence[Evidence], settings: Settings) -> str:
+    """What was not asked of the model and might have been noticed."""
+    if settings.evidence == "head":
+        return INSTEAD["head"]
+    labels = [e.labels for e in found if e.labels is not None]
+    return INSTEAD[labels[0]] if labels else ""

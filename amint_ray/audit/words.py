@@ -66,12 +66,19 @@ _REASONS = {
     "powerless": (
         "nothing was found, and no number of training images is known to be noticed with a chance "
         "of {power:.0%} if the head was not told of them",
-        "look at outputs as well as the head, with the labels of the images; a model with more "
-        "calibration and withheld images, of the collection's classes, too (data.shares), can be "
-        "asked for more",
+        "{instead}a model with more calibration and withheld images, of the collection's classes, "
+        "too (data.shares), can be asked for more",
     ),
 }
-
+INSTEAD = {
+    "head": "look at outputs as well as the head (audit.evidence=both), with the labels of the "
+    "images; ",
+    "prediction": "give the labels of the images: in folders that are called like the model's "
+    "classes, or by audit.label_column; ",
+    "mixed": "give labels to all images, or use none (audit.labels=false); ",
+    "own": "",
+}
+"""What the same model could still be asked: where `head` alone was, or outputs by these labels."""
 
 _WITHIN = (
     "; its classes are not those of the calibration images, so it is compared within them, with few"
@@ -82,11 +89,12 @@ _MORE_CLASSES = (
 )
 
 
-def reason(code: str, **values: object) -> dict[str, str]:
+def reason(code: str, *, instead: str = "", **values: object) -> dict[str, str]:
     """Why there is no verdict, or what is to be held against one: `{code, text, help}`.
 
     Args:
         code: one of those above; not `powerless`.
+        instead: what would help as well, in front of what always does.
         **values: what the text names; of `underpowered`, `needed` may be None, and `within` says
             whether the collection was compared within classes.
     """
@@ -94,4 +102,4 @@ def reason(code: str, **values: object) -> dict[str, str]:
     text, help_ = _REASONS[key]
     if values.get("within"):
         text, help_ = text + _WITHIN, _MORE_CLASSES + help_
-    return {"code": code, "text": text.format(**values), "help": help_}
+    return {"code": code, "text": text.format(**values), "help": help_.format(instead=instead)}

@@ -234,6 +234,7 @@ def test_labelled_and_unlabelled_suspects_together_acquit_nobody(reference: Refe
         power = found["evidence"]["outputs"]["power"]["images_for_power"]
         verdicts.append((found["verdict"], power is not None))
     assert verdicts == [("not_member", True), ("not_member", True), ("no_verdict", False)]
+    assert found["reasons"][0]["help"].startswith("give labels to all images, or use none")
 
 
 def test_head_alone_sees_told_members_and_acquits_nobody(reference: Reference) -> None:
@@ -250,6 +251,7 @@ def test_head_alone_sees_told_members_and_acquits_nobody(reference: Reference) -
     found = audit(dataclasses.replace(suspects(test=80), **only), reference, settings)
     assert found.document["power"]["withheld"] is None
     assert codes(found) == ["underpowered"]
+    assert "audit.evidence=both" in found.document["reasons"][0]["help"]
 
 
 def test_outputs_alone_where_the_head_was_not_trained(reference: Reference) -> None:
@@ -270,7 +272,8 @@ def test_outputs_alone_where_the_head_was_not_trained(reference: Reference) -> N
 
 def test_the_loss_where_too_few_images_are_known() -> None:
     reference = MODEL.reference(np.random.default_rng(0), calibration=200, member=6, withheld=3)
-    found = audit(suspects(test=150), reference).document
+    ours = suspects(test=150)
+    found = audit(ours, reference).document
     assert found["evidence"]["outputs"]["method"] == "loss"
     # All calibration images serve, as none is learnt from.
     assert found["evidence"]["outputs"]["calibration_images"] == 200
@@ -281,6 +284,10 @@ def test_the_loss_where_too_few_images_are_known() -> None:
         "withheld": None,
     }
     assert found["verdict"] == "no_verdict"
+    more = "a model with more calibration and withheld images"
+    assert found["reasons"][0]["help"].startswith(more)  # all else was asked already
+    (why,) = audit(without_labels(ours), reference).document["reasons"]
+    assert why["help"].startswith("give the labels of the images") and more in why["help"]
 
 
 def test_where_no_image_was_withheld_told_members_say_what_would_be_noticed() -> None:
