@@ -18,7 +18,7 @@ from amint_ray.audit.evidence import Evidence, Within, head_evidence, output_evi
 from amint_ray.audit.likeness import LIMIT, Composition, Likeness, composition
 from amint_ray.audit.output_scores import FEWEST_KNOWN
 from amint_ray.audit.suspects import Mask, Settings
-from amint_ray.audit.words import CANNOT_SHOW, INSTEAD, KEY_NEEDED, SHOWS, reason
+from amint_ray.audit.words import BY_NAME, CANNOT_SHOW, INSTEAD, KEY_NEEDED, SHOWS, reason
 from amint_ray.audit.yardstick import Measured, Yardstick
 from amint_ray.contracts import Role, UserError
 from amint_ray.evaluation.calibration import benjamini_hochberg
@@ -58,6 +58,7 @@ def judge(
     settings: Settings,
     *,
     confounders_clean: bool | None,
+    from_mlflow: bool = False,
     needs_labels: bool = False,
     codes_alone: bool = False,
     lines: Mapping[str, Any] | None = None,
@@ -71,6 +72,7 @@ def judge(
         settings: how sure to be.
         confounders_clean: whether a classifier that never saw the model failed on the same split;
             None: not known.
+        from_mlflow: whether MLflow was asked for the model, and so for what its run keeps.
         needs_labels: whether the head says nothing of images without labels.
         codes_alone: whether the head says secret codes and nothing else; then it has no scores.
         lines: figures of the model that the document shows as they are.
@@ -126,7 +128,9 @@ def judge(
         verdict = "no_verdict"
     else:
         verdict = "member" if p_value <= settings.alpha else "not_member"
-    reservations = [reason("confounders_unknown")] if confounders_clean is None else []
+    reservations = []
+    if confounders_clean is None:
+        reservations.append(reason("confounders_unknown", instead="" if from_mlflow else BY_NAME))
     if silent and compared:
         reservations.append(reason("labels_needed", silent=silent))
     strange = Interval.unknown("the suspects are unlike the calibration images")

@@ -44,8 +44,7 @@ _REASONS = {
     "confounders_unknown": (
         "nobody has looked whether the images that the model was trained on can be told from the "
         "others without it; if they can, what the model seems to know may be what anybody can see",
-        "audit the model by its name in MLflow, whose run may keep that check, or train it again "
-        "with data.confounder_check=true",
+        "{instead}train it again with data.confounder_check=true",
     ),
     "unlike": (
         "the suspects are unlike the calibration images (effect {effect:.2f}, limit {limit:.2f}), "
@@ -79,6 +78,7 @@ INSTEAD = {
     "own": "",
 }
 """What the same model could still be asked: where `head` alone was, or outputs by these labels."""
+BY_NAME = "audit the model by its name in MLflow, whose run may keep that check, or "
 
 _WITHIN = (
     "; its classes are not those of the calibration images, so it is compared within them, with few"

@@ -99,6 +99,7 @@ def conclude(
             model.calibration,
             judged,
             confounders_clean=split.clean,
+            from_mlflow=origin.run_id is not None,
             needs_labels=asked.needs_labels,
             codes_alone=code is not None and not code.membership,
             lines=lines,

@@ -94,7 +94,12 @@ def test_no_verdict_on_a_confounded_split_or_on_other_images(reference: Referenc
     other = dataclasses.replace(members, taps=members.taps + 5)
     found = audit(other, reference, clean=None)
     assert (codes(found), found.document["verdict"]) == (["unlike"], "no_verdict")
-    assert [each["code"] for each in found.document["reservations"]] == ["confounders_unknown"]
+    (reserved,) = found.document["reservations"]
+    assert (reserved["code"], "by its name" in reserved["help"]) == ("confounders_unknown", True)
+    scores = scores_of(reference)
+    named = judged(other, reference, scores, Settings(), confounders_clean=None, from_mlflow=True)
+    again = "train it again with data.confounder_check=true"
+    assert named.document["reservations"] == [{**reserved, "help": again}]
     assert audit(members, reference, clean=None).document["verdict"] == "member"
     assert audit(members, reference).document["reservations"] == []
     assert found.document["unlike"]["unlike"] is True
