@@ -47,9 +47,10 @@ def audit(
 ) -> None:
     """Say whether SUSPECTS were among the images that MODEL was trained on.
 
-    MODEL is models:/NAME/VERSION, models:/NAME@ALIAS, a run's id or a model's folder. SUSPECTS is a
-    folder of images, one image, or Parquet, local or s3://. The exit code is the verdict: 0
-    not_member, 3 member, 4 no verdict. A report is kept in audit.folder (docs/audit.md).
+    MODEL is models:/NAME/VERSION, models:/NAME@ALIAS, a run's id, runs:/RUN_ID/model or a model's
+    folder. SUSPECTS is a folder of images, one image, or Parquet, local or s3://. The exit code is
+    the verdict: 0 not_member, 3 member, 4 no verdict. A report is kept in audit.folder
+    (docs/audit.md).
 
     For instance: amint audit models:/amint-digits@challenger suspects/
     """

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from amint_ray.audit.suspects import Settings
@@ -62,7 +63,8 @@ def run_audit(
     stopped is used again.
 
     Args:
-        uri: of the model (`models:/NAME/VERSION`, `models:/NAME@ALIAS`, a folder), or a run's id.
+        uri: of the model (`models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/RUN_ID/model`, a
+            folder), or a run's id.
         suspects: a folder of images, one image, or Parquet; local or `s3://`.
         overrides: `audit.KEY=VALUE`, `cluster.KEY=VALUE`.
         watcher: is told how far it is.
@@ -94,7 +96,7 @@ def run_audit(
     )
     storage = locate(settings.folder, "audit.folder", seconds=settings.timeout_seconds)
     watcher.phase(f"fetching {uri}")
-    uri = f"runs:/{uri}/model" if re.fullmatch(r"[0-9a-f]{32}", uri) else uri
+    uri = _uri(uri)
     model = load(uri)
     check_key(key, model, settings, watcher, uri=uri)
     origin = _origin(uri)
@@ -132,6 +134,22 @@ def run_audit(
             every=every,
             seconds=seconds,
         )
+
+
+def _uri(model: str) -> str:
+    """A model's URI or folder as it is, and that of a run's model for the run's id.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if re.fullmatch(r"[0-9a-f]{32}", model):
+        return f"runs:/{model}/model"
+    if not model or (":/" not in model and not Path(model).is_dir()):
+        raise UserError(
+            f"{model or 'an empty name'}: no model; give models:/NAME/VERSION, models:/NAME@ALIAS, "
+            "a run's id (all 32 signs), runs:/RUN_ID/model or a model's folder"
+        )
+    return model
 
 
 def _preprocessing(uri: str, model: RegisteredModel, settings: AuditSettings) -> Data:

@@ -13,7 +13,7 @@ from launch.silent import Silent
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError
 from amint_ray.launch.audit_result import _confounders, _model, _tell_mlflow
-from amint_ray.launch.audit_run import _origin
+from amint_ray.launch.audit_run import _origin, run_audit
 from amint_ray.storage import locate
 from amint_ray.tracking.registered import RegisteredModel
 from amint_ray.tracking.run_log import open_run, run_of
@@ -40,6 +40,13 @@ def test_a_folder_has_no_origin() -> None:
     assert (split.clean, split.blind.value) == (None, None)
     assert "no blind classifier's figure" in str(split.blind.note)
     assert _model(MODEL, origin, "somewhere/model")["task_accuracy"]["value"] is None
+
+
+@pytest.mark.parametrize("name", ["deadbeef", "", "models/1"])
+def test_a_name_of_no_model_is_told_what_is_one(name: str, tmp_path: Path) -> None:
+    kept = f"audit.folder={tmp_path}"
+    with pytest.raises(UserError, match=r": no model; give .* a run's id .* runs:/RUN_ID/model or"):
+        run_audit(name, "suspects", [kept], Silent())
 
 
 def test_a_run_knows_its_split_and_is_told_of_the_report(
