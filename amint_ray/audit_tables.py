@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from amint_ray.contracts import numbered
 from amint_ray.tables import interval as told
 
 _VERDICTS = {
@@ -38,7 +39,7 @@ def print_audit(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"  but {escape(reason['text'])}; {escape(reason['help'])}")
     unread = f", {suspects['unreadable']:,} unreadable" if suspects["unreadable"] else ""
     console.print(
-        f"{suspects['images']:,} images in {escape(suspects['source'])}, "
+        f"{numbered(suspects['images'], 'images')} in {escape(suspects['source'])}, "
         f"{suspects['unique']:,} different{unread}; {suspects['flagged']:,} called members at a "
         f"false-discovery rate of {document['fdr']:g}"
     )

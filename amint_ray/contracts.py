@@ -24,6 +24,8 @@ RESERVED_OPTIONS = {
 (a registered model must not depend on one), and what makes something else than a classifier."""
 
 
+_PLURAL = re.compile(r"(?<![.\w])(image|file|folder)s\b")
+_ONE = r"\1"
 _SAMPLES = re.compile(r"(?<=samples of the batch: )([^;]+?)(?: and (\d+) more)?(?=;|$)")
 _SAMPLES_SHOWN = 3
 
@@ -49,6 +51,11 @@ def first_line(error: BaseException) -> str:
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", line)
+
+
+def numbered(number: int, plural: str) -> str:
+    """So many images, or files of some kind: 2,000 images, 1 file without a suffix."""
+    return f"{number:,} {plural if number != 1 else _PLURAL.sub(_ONE, plural, count=1)}"
 
 
 def few_samples(text: str) -> str:

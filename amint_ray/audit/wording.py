@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from amint_ray.contracts import numbered
+
 _SPACE = "\u00a0"
 _NOTHING = "–"
 _SMALLEST = 1e-300
@@ -96,8 +98,8 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def counts(files: Mapping[str, int]) -> str:
-    """Numbers of files by what they are: 1,200 .heic files, 3 hidden files."""
-    return ", ".join(f"{number:,} {kind}" for kind, number in files.items())
+    """Numbers of files by what they are: 1,200 .heic files, 1 hidden file."""
+    return ", ".join(numbered(number, kind) for kind, number in files.items())
 
 
 def capitalise(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from pyarrow.fs import FileType
 
-from amint_ray.contracts import UserError, first_line
+from amint_ray.contracts import UserError, first_line, numbered
 from amint_ray.data.folder import SUFFIXES, entries
 from amint_ray.storage import Location
 
@@ -33,7 +33,7 @@ class Contents:
     def told(self) -> str:
         """The others in words, the most first."""
         found = sorted(self.others.items(), key=lambda each: (-each[1], each[0]))
-        return ", ".join(f"{number:,} {kind}" for kind, number in found)
+        return ", ".join(numbered(number, kind) for kind, number in found)
 
 
 def look_into(location: Location, said: str) -> Contents:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
-from amint_ray.contracts import UserError, first_line
+from amint_ray.contracts import UserError, first_line, numbered
 from amint_ray.data.folder_layouts import LayoutError, arrange
 from amint_ray.data.sources import Fault, Known, Raw, Shard, Unreadable
 from amint_ray.storage import Location, locate
@@ -298,7 +298,7 @@ def _list(location: Location) -> _Listing:
         instead = "; it holds Parquet files, which are for source=parquet" if parquet else ""
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise LayoutError(f"holds no image files ({kinds}){instead}")
-    odd = f"{unnameable:,} files whose names are not UTF-8, left out"
+    odd = f"{numbered(unnameable, 'files')} not named in UTF-8, left out"
     return _Listing(images, folders, [odd] if unnameable else [])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from amint_ray.contracts import first_line
+from amint_ray.contracts import first_line, numbered
 from amint_ray.data.sources import TEST_WORDS, TRAIN_WORDS, VALIDATION_WORDS
 
 _ANNOTATIONS = "val_annotations.txt"
@@ -141,7 +141,7 @@ def _fill(
             layout.test.append(split.test)
         if left_out:
             where = f"{split.name}: " if split.name else ""
-            layout.notes.append(f"{where}{left_out:,} images {split.unknown}, left out")
+            layout.notes.append(f"{where}{numbered(left_out, 'images')} {split.unknown}, left out")
 
 
 def _upto(path: str, depth: int) -> str:
@@ -200,7 +200,8 @@ def _by_table(top: str, keys: Mapping[str, str], table: Mapping[str, str], sourc
     missing = sorted(table.keys() - set(keys.values()))
     if missing:
         split.notes.append(
-            f"{top}: {source} names {len(missing):,} images that are not there ({_some(missing)})"
+            f"{top}: {source} names {numbered(len(missing), 'images')} without a file "
+            f"({_some(missing)})"
         )
     return split
 

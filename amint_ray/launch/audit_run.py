@@ -13,7 +13,7 @@ from amint_ray.audit.suspects import Settings
 from amint_ray.config.audit import AuditSettings, load_audit
 from amint_ray.config.data_schema import Data
 from amint_ray.config.schema import Cluster
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.contracts import RunError, UserError, Watcher, first_line, numbered
 from amint_ray.data.sources import count
 from amint_ray.launch.attack_parts import code_fingerprint, fingerprint_of
 from amint_ray.launch.audit_key import check_key, given_key, kept_from_others
@@ -259,7 +259,7 @@ def _look(
     lookers = [actor.remote() for _ in range(processes)]
     pool = ActorPool(lookers)
     done = total - sum(rows.values())
-    watcher.phase(f"looking at {total:,} images, {processes} at a time")
+    watcher.phase(f"looking at {numbered(total, 'images')}, {processes} at a time")
     try:
         for chunk in todo:
             pool.submit(lambda looker, c: looker.look.remote(told, c.name, c.shards), chunk)

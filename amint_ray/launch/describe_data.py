@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from amint_ray.config.schema import Config
-from amint_ray.contracts import Role, UserError, Watcher, first_line
+from amint_ray.contracts import Role, UserError, Watcher, first_line, numbered
 from amint_ray.data.contact_sheet import (
     COLUMNS,
     ROWS,
@@ -57,7 +57,7 @@ def describe_data(config: Config, sheet: Path | None, watcher: Watcher) -> dict[
         watcher.notice(f"data: {note}")
     mode = choose_mode(source, config.data)  # what does not fit is told before all is decoded
     total = count(source)
-    watcher.phase(f"looking at {total:,} images")
+    watcher.phase(f"looking at {numbered(total, 'images')}")
     index = index_here(
         source,
         config.data,

@@ -281,7 +281,7 @@ def test_a_table_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
     closed(root / "LOC_val_solution.csv")
     refusal(root)
     closed(tmp_path / "LOC_val_solution.csv")
-    assert opened(root).notes == ["val: 1 images without labels, left out"]
+    assert opened(root).notes == ["val: 1 image without labels, left out"]
 
 
 def test_a_folder_in_a_bucket(
@@ -301,7 +301,7 @@ def test_a_folder_in_a_bucket(
     uri = "s3://pictures/deep/ILSVRC/Data/CLS-LOC"
     source = open_folder(uri, limit=None, seconds=5, where="data", classes_needed=True)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.notes == ["val: 1 images that LOC_val_solution.csv does not name, left out"]
+    assert copy.notes == ["val: 1 image that LOC_val_solution.csv does not name, left out"]
     assert listed(copy) == {
         **{name: (int("ant" not in name), False) for name in names},
         "val/x_2.png": (0, True),

@@ -68,7 +68,7 @@ def test_val_and_test_are_both_official_and_train_alone_is_no_class(tmp_path: Pa
     assert {test for _, test in listed(opened(tmp_path)).values()} == {False}
     assert opened(tmp_path).class_names == ["a", "b"]
     plant(tmp_path, ["top.jpg"])
-    assert opened(tmp_path).notes == ["1 images beside train, left out"]
+    assert opened(tmp_path).notes == ["1 image beside train, left out"]
     (tmp_path / "top.jpg").unlink()
     plant(tmp_path, ["val/a/1.jpg", "test/b/2.jpg"])
     found = listed(opened(tmp_path))
@@ -91,9 +91,9 @@ def test_what_is_left_out_is_noted(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert set(listed(source)) == {"train/a/1.jpg", "train/b/1.jpg", "val/a/2.jpg"}
     assert source.notes == [
-        "train: 1 images outside class folders, left out",
+        "train: 1 image outside class folders, left out",
         "test: 2 images without labels, left out",
-        "1 images beside train, left out",
+        "1 image beside train, left out",
         "extra: 2 images beside train, left out",
         "train/none: no images there",
     ]
@@ -106,7 +106,7 @@ def test_empty_class_folders_are_no_classes(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert source.class_names == ["b", "c"]
     assert source.notes == [
-        "1 images outside class folders, left out",
+        "1 image outside class folders, left out",
         "a, d, e, f, g and 2 more: no images there",
     ]
 
@@ -153,8 +153,8 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert len(found) == 9 + 4
     assert sorted(source.notes) == [
         "test: 4 images without labels, left out",
-        "val: 1 images that val_annotations.txt does not name, left out",
-        "val: val_annotations.txt names 1 images that are not there (val_77.JPEG)",
+        "val: 1 image that val_annotations.txt does not name, left out",
+        "val: val_annotations.txt names 1 image without a file (val_77.JPEG)",
     ]
     (tmp_path / "words.txt").unlink()
     assert opened(tmp_path).class_names == WNIDS
@@ -191,8 +191,8 @@ def test_imagenet_of_kaggle(up: int, tmp_path: Path) -> None:
     assert len(found) == 6 + 5
     assert sorted(source.notes) == [
         "test: 3 images without labels, left out",
-        "val: 1 images that LOC_val_solution.csv does not name, left out",
-        "val: LOC_val_solution.csv names 1 images that are not there (ILSVRC2012_val_00050000)",
+        "val: 1 image that LOC_val_solution.csv does not name, left out",
+        "val: LOC_val_solution.csv names 1 image without a file (ILSVRC2012_val_00050000)",
     ]
 
 
@@ -292,4 +292,4 @@ def test_names_that_are_not_utf8_are_left_out(tmp_path: Path) -> None:
         pytest.skip("this file system wants UTF-8")
     source = opened(tmp_path)
     assert set(listed(source)) == {"a/1.jpg", "b/1.jpg"}
-    assert source.notes == ["1 files whose names are not UTF-8, left out"]
+    assert source.notes == ["1 file not named in UTF-8, left out"]

@@ -52,7 +52,7 @@ def test_files_that_are_no_images_are_counted_and_told(tmp_path: Path) -> None:
     }
     assert [n for n in watcher.notices if "no images" in n] == [
         "suspects: not looked at, as they are no images: 3 .heic files, 2 hidden files, "
-        "1 .txt files, 1 files without a suffix"
+        "1 .txt file, 1 file without a suffix"
     ]
 
 
