@@ -55,7 +55,8 @@ def first_line(error: BaseException) -> str:
 
 def numbered(number: int, plural: str) -> str:
     """So many images, or files of some kind: 2,000 images, 1 file without a suffix."""
-    return f"{number:,} {plural if number != 1 else _PLURAL.sub(_ONE, plural, count=1)}"
+    one = plural.replace("links to folders", "link to a folder")
+    return f"{number:,} {plural if number != 1 else _PLURAL.sub(_ONE, one, count=1)}"
 
 
 def few_samples(text: str) -> str:

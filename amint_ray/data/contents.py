@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from pyarrow.fs import FileType
 
 from amint_ray.contracts import UserError, first_line, numbered
-from amint_ray.data.folder import SUFFIXES, entries
+from amint_ray.data.folder import SUFFIXES, entries, not_in_utf8
 from amint_ray.storage import Location
 
 
@@ -23,12 +23,16 @@ class Contents:
         images: image files.
         parquet: Parquet files.
         others: those that nobody looks at, by what they are: `.heic files`, `hidden files`.
+        unnamed: `files not named in UTF-8`, and such folders; whoever lists the images tells.
+        links: links to folders that were not followed.
     """
 
     place: FileType
     images: int
     parquet: int
     others: Mapping[str, int]
+    unnamed: Mapping[str, int]
+    links: int
 
     def told(self) -> str:
         """The others in words, the most first."""
@@ -36,30 +40,34 @@ class Contents:
         return ", ".join(numbered(number, kind) for kind, number in found)
 
 
-def look_into(location: Location, said: str) -> Contents:
+def look_into(location: Location, said: str, *, follow_links: bool = True) -> Contents:
     """Count the files of a folder, or take one file as the folder's only one.
 
     Args:
         location: which may hold nothing, or not be there.
         said: what an error begins with.
+        follow_links: whether links to folders are.
 
     Raises:
         UserError: it holds both kinds, of which only one could be meant; or it cannot be read.
     """
     counted: Counter[str] = Counter()
+    unnamed: Counter[str] = Counter()
+    links: list[str] = []
     try:
         info = location.filesystem.get_file_info(location.path)
         if info.type == FileType.File:
             counted[_kind(info.base_name, alone=True)] += 1
         elif info.type == FileType.Directory:
             start = len(location.path.rstrip("/")) + 1
-            for entry in entries(location):
-                if entry.type == FileType.Directory:
-                    continue
+            for entry in entries(location, None if follow_links else links):
                 try:
-                    counted[_kind(entry.path[start:])] += 1
-                except UnicodeDecodeError:  # of which `open_folder` tells
+                    name = entry.path[start:]
+                except UnicodeDecodeError:
+                    unnamed[not_in_utf8(entry)] += 1
                     continue
+                if entry.type != FileType.Directory:
+                    counted[_kind(name)] += 1
     except OSError as error:
         raise UserError(f"{said}: cannot be read: {first_line(error)}") from error
     images, parquet = counted.pop(_IMAGES, 0), counted.pop(_PARQUET, 0)
@@ -68,7 +76,7 @@ def look_into(location: Location, said: str) -> Contents:
             f"{said}: holds images ({images:,}) and Parquet files ({parquet:,}); name one of them, "
             "or put either kind into a folder of its own"
         )
-    return Contents(info.type, images, parquet, dict(counted))
+    return Contents(info.type, images, parquet, dict(counted), dict(unnamed), len(links))
 
 
 _IMAGES, _PARQUET, _HIDDEN = "images", "parquet", "hidden files"

@@ -6,9 +6,11 @@ import errno
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -211,7 +213,13 @@ def _own_fault(error: Exception, *, remote: bool) -> Fault | None:
 
 
 def open_folder(
-    path: str, *, limit: int | None, seconds: float, where: str, classes_needed: bool
+    path: str,
+    *,
+    limit: int | None,
+    seconds: float,
+    where: str,
+    classes_needed: bool,
+    follow_links: bool = True,
 ) -> FileSource:
     """Find the image files and learn from their folders what they are.
 
@@ -221,6 +229,7 @@ def open_folder(
         seconds: that object storage may keep silent.
         where: section of the configuration, for errors.
         classes_needed: whether images without a label are of no use.
+        follow_links: whether links to folders are.
 
     Raises:
         UserError: it is not there, or holds no images in folders that can be understood.
@@ -228,7 +237,7 @@ def open_folder(
     location = locate(path, f"{where}.path", seconds=seconds)
     said = f"{where}: {where}.path={path}"
     try:
-        listing = _list(location)
+        listing = _list(location, follow_links=follow_links)
         layout = arrange(
             listing.images,
             listing.folders,
@@ -265,7 +274,7 @@ class _Listing:
     notes: list[str]
 
 
-def _list(location: Location) -> _Listing:
+def _list(location: Location, *, follow_links: bool) -> _Listing:
     """Everything below the folder but what is hidden.
 
     Raises:
@@ -278,13 +287,14 @@ def _list(location: Location) -> _Listing:
         raise LayoutError("is a file, not a folder of image files")
     images: dict[str, tuple[int, int]] = {}
     folders: list[str] = []
-    unnameable = parquet = 0
+    unnameable: Counter[str] = Counter()
+    parquet = 0
     start = len(_below(location.path, ""))
-    for info in entries(location):
+    for info in entries(location, None if follow_links else []):
         try:
             name = info.path[start:]
         except UnicodeDecodeError:
-            unnameable += 1
+            unnameable[not_in_utf8(info)] += 1
             continue
         if name.startswith(".") or "/." in name:
             continue
@@ -298,12 +308,25 @@ def _list(location: Location) -> _Listing:
         instead = "; it holds Parquet files, which are for source=parquet" if parquet else ""
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise LayoutError(f"holds no image files ({kinds}){instead}")
-    odd = f"{numbered(unnameable, 'files')} not named in UTF-8, left out"
-    return _Listing(images, folders, [odd] if unnameable else [])
+    odd = [f"{numbered(number, kind)}, left out" for kind, number in unnameable.items()]
+    return _Listing(images, folders, odd)
 
 
-def entries(location: Location) -> Iterator[FileInfo]:
-    """Files and folders below a folder; a link back to a folder that it is in is not followed."""
+def not_in_utf8(info: FileInfo) -> str:
+    """What those are called of which not even the name can be told."""
+    kind = "folders" if info.type == FileType.Directory else "files"
+    return f"{kind} not named in UTF-8"
+
+
+def entries(location: Location, links: list[str] | None = None) -> Iterator[FileInfo]:
+    """Files and folders below a folder, but for links back to a folder that they are in.
+
+    A folder whose name is not UTF-8, so that `FileInfo.path` raises, is not looked into.
+
+    Args:
+        location: the folder.
+        links: links to folders are added here and not followed; None: they are followed.
+    """
     if location.uri.startswith("s3://"):
         yield from location.filesystem.get_file_info(FileSelector(location.path, recursive=True))
         return
@@ -312,10 +335,18 @@ def entries(location: Location) -> Iterator[FileInfo]:
         folder, above = waiting.pop()
         for info in location.filesystem.get_file_info(FileSelector(folder)):
             if info.type == FileType.Directory:
-                real = os.path.realpath(info.path)
+                try:
+                    path = info.path
+                except UnicodeDecodeError:
+                    yield info
+                    continue
+                if links is not None and Path(path).is_symlink():
+                    links.append(path)
+                    continue
+                real = os.path.realpath(path)
                 if real in above:
                     continue
-                waiting.append((info.path, above | {real}))
+                waiting.append((path, above | {real}))
             yield info
 
 

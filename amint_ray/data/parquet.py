@@ -169,6 +169,7 @@ def open_parquet(
     seconds: float,
     where: str,
     labels_needed: bool = True,
+    follow_links: bool = True,
 ) -> ParquetSource:
     """Find the files and read their footers.
 
@@ -180,6 +181,7 @@ def open_parquet(
         seconds: that object storage may keep silent.
         where: section of the configuration, for errors.
         labels_needed: whether a test split without labels is of no use.
+        follow_links: whether links to folders are.
 
     Raises:
         UserError: nothing is there, not all is there, or a column is not there.
@@ -188,7 +190,7 @@ def open_parquet(
 
     location = locate(path, f"{where}.path", seconds=seconds)
     try:
-        entries = list_files(location, ".parquet")
+        entries = list_files(location, ".parquet", follow_links=follow_links)
         there = bool(entries) or exists(location)
     except OSError as error:
         raise UserError(f"{where}: {where}.path={path}: {first_line(error)}") from error

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pyarrow.fs import FileType
 
 from amint_ray.config.audit import AuditSettings
-from amint_ray.contracts import RunError, UserError, Watcher, first_line
+from amint_ray.contracts import RunError, UserError, Watcher, first_line, numbered
 from amint_ray.data.contents import look_into
 from amint_ray.data.folder import Files, FileSource, open_folder
 from amint_ray.data.parquet import open_parquet
@@ -83,7 +83,7 @@ def find_suspects(
     """
     watcher.phase(f"opening {uri}")
     place = locate(uri, _WHERE, seconds=settings.timeout_seconds)
-    contents = look_into(place, f"{_WHERE}: {uri}")
+    contents = look_into(place, f"{_WHERE}: {uri}", follow_links=False)
     if contents.place == FileType.NotFound:
         raise UserError(f"{_WHERE}: {uri}: there is no such file or folder")
     try:
@@ -98,6 +98,7 @@ def find_suspects(
                 seconds=settings.timeout_seconds,
                 where=_WHERE,
                 classes_needed=False,
+                follow_links=False,
             )
     except (UserError, RunError) as error:
         # The sources speak of the configuration's keys, which an auditor has not written.
@@ -107,13 +108,17 @@ def find_suspects(
         raise type(error)(text) from error
     for note in source.notes:
         watcher.notice(f"{_WHERE}: {note}")
+    links = {"links to folders": contents.links} if contents.links else {}
+    if links:
+        told = numbered(contents.links, "links to folders")
+        watcher.notice(f"{_WHERE}: not looked into: {told}")
     if contents.others:
         watcher.notice(f"{_WHERE}: not looked at, as they are no images: {contents.told()}")
     for file in source.unreadable:
         watcher.notice(f"{_WHERE}: {file.name} {file.reason}; its images are not looked at")
     if count(source) == 0:
         raise UserError(f"{_WHERE}: {uri}: holds no images")
-    left_out = dict(contents.others)
+    left_out = {**contents.others, **contents.unnamed, **links}
     if source.unreadable:
         left_out["Parquet files that cannot be read"] = len(source.unreadable)
     return Found(source, _classes(source, settings, class_names, watcher), uri, left_out)
@@ -128,6 +133,7 @@ def _open_parquet(uri: str, settings: AuditSettings) -> Source:
         seconds=settings.timeout_seconds,
         where=_WHERE,
         labels_needed=False,
+        follow_links=False,
     )
 
 

@@ -110,21 +110,27 @@ def exists(location: Location, relative: str = "") -> bool:
     return bool(info.type != fs.FileType.NotFound)
 
 
-def list_files(location: Location, suffix: str | None = None) -> list[FileEntry]:
+def list_files(
+    location: Location, suffix: str | None = None, *, follow_links: bool = True
+) -> list[FileEntry]:
     """The files at and below a location, by name; none where nothing is there.
 
-    Skipped is whatever has a part of its relative name that begins with `.` or `_`. Symbolic links
-    to folders are followed, unless they lead back to a folder that they are in.
+    Skipped is whatever has a part of its relative name that begins with `.` or `_`. A symbolic
+    link back to a folder that it is in is not followed.
 
     Args:
         location: a folder, a prefix, or one file.
         suffix: what the names end with, such as ".parquet"; None: any.
+        follow_links: whether other links to folders are.
 
     Raises:
         OSError: a folder cannot be read, a link leads nowhere, or a server does not answer.
     """
     objects = _objects(location)
-    found = _local_files(location) if objects is None else _remote_files(objects, location)
+    if objects is None:
+        found = _local_files(location, follow_links=follow_links)
+    else:
+        found = _remote_files(objects, location)
     listed = [
         entry
         for entry in found
@@ -341,7 +347,7 @@ def _remote_files(objects: Objects, location: Location) -> Iterator[FileEntry]:
             yield FileEntry(name, path, found["Size"], found["ETag"].strip('"'))
 
 
-def _local_files(location: Location) -> Iterator[FileEntry]:
+def _local_files(location: Location, *, follow_links: bool) -> Iterator[FileEntry]:
     def entry(path: Path, name: str) -> FileEntry:
         status = path.stat()
         return FileEntry(name, str(path), status.st_size, str(status.st_mtime_ns))
@@ -356,6 +362,8 @@ def _local_files(location: Location) -> Iterator[FileEntry]:
                 if _hidden(child.name):
                     continue
                 if child.is_dir():
+                    if child.is_symlink() and not follow_links:
+                        continue
                     yield from walk(folder / child.name, f"{prefix}{child.name}/", inside | {here})
                 else:
                     yield entry(folder / child.name, prefix + child.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,34 @@ def test_images_beside_parquet_are_not_passed_over(tmp_path: Path) -> None:
         read_strangers(str(tmp_path), load_config("digits").data, most=9, where="--ood")
     (tmp_path / "deep" / "one.parquet").rename(tmp_path / "deep" / "_one.parquet")
     assert find(tmp_path).left_out == {"hidden files": 1}
+
+
+def test_odd_names_and_links_to_folders_are_counted(tmp_path: Path) -> None:
+    suspects = tmp_path / "suspects"
+    image(suspects / "1" / "a.png")
+    image(tmp_path / "elsewhere" / "b.png")
+    (suspects / "link").symlink_to(tmp_path / "elsewhere")
+    expected = {"links to folders": 1}
+    try:
+        odd = Path(os.fsdecode(os.fsencode(suspects) + b"/caf\xe9"))
+        image(odd / "c.png")
+        image(odd.with_name(odd.name + ".png"))
+        expected |= {"files not named in UTF-8": 1, "folders not named in UTF-8": 1}
+    except OSError:
+        pass  # this file system wants UTF-8
+    watcher = Silent()
+    found = find(suspects, watcher)
+    assert [found.source.sample_ids(i) for i in range(len(found.source.shards))] == [["1/a.png"]]
+    assert found.left_out == expected
+    assert "suspects: not looked into: 1 link to a folder" in watcher.notices
+
+    (tables := tmp_path / "tables").mkdir()
+    for folder in (tables, tmp_path / "elsewhere"):
+        parquet(folder / "0.parquet", [0])
+    (tables / "link").symlink_to(tmp_path / "elsewhere")
+    found = find(tables, image_column="image")
+    assert found.source.sample_ids(0) == ["0.parquet#0"]
+    assert (len(found.source.shards), found.left_out) == (1, {"links to folders": 1})
 
 
 def test_parquet_below_folders_is_found_whatever_it_is_for(tmp_path: Path) -> None:
