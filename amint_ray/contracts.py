@@ -247,6 +247,11 @@ class ScoreTable:
     def __len__(self) -> int:
         return len(self.sample_id)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Those that are there, by name."""
+        return {name: column for name, column in vars(self).items() if column is not None}
+
     def of(self, role: Role) -> ScoreTable:
         """The rows of one role."""
         return self.kept(self.role == role.value)
@@ -257,8 +262,7 @@ class ScoreTable:
 
     def kept(self, keep: npt.NDArray[np.bool_]) -> ScoreTable:
         """The rows where `keep`, (n,), is true."""
-        columns = {name: column for name, column in vars(self).items() if column is not None}
-        return ScoreTable(**{name: column[keep] for name, column in columns.items()})
+        return ScoreTable(**{name: column[keep] for name, column in self.columns.items()})
 
     def _among(self, sample_ids: Collection[str]) -> npt.NDArray[np.bool_]:
         import numpy as np

@@ -111,9 +111,7 @@ def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
         text, whole, real = np.empty(0, np.str_), np.empty(0, np.int64), np.empty(0, np.float64)
         return ScoreTable(text, text, whole, whole, real, real)
     columns = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in vars(parts[0])
-        if getattr(parts[0], name) is not None
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].columns
     }
     order = np.argsort(columns["sample_id"], kind="stable")
     return ScoreTable(**{name: column[order] for name, column in columns.items()})
@@ -121,8 +119,7 @@ def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:
 
 def write_scores(table: ScoreTable, path: Path) -> None:
     """Store as Parquet."""
-    columns = {name: column for name, column in vars(table).items() if column is not None}
-    pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), path)
+    pq.write_table(pa.table({name: pa.array(c) for name, c in table.columns.items()}), path)
 
 
 def read_scores(path: Path) -> ScoreTable:

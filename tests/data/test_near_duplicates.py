@@ -197,6 +197,7 @@ def settled(tmp_path: Path, words: list[int], tests: int, **keys: Any) -> Index:
             "width": [8] * len(words),
             "height": [8] * len(words),
             "perceptual": [word - (word >> 63 << 64) for word in order],
+            "scored": pa.nulls(len(words)),
             "fault": pa.nulls(len(words)),
             "passing": pa.nulls(len(words)),
         }

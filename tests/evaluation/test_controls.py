@@ -104,7 +104,7 @@ def test_the_four_lines(table: ScoreTable) -> None:
 
 def test_scores_made_again_are_compared_by_name(table: ScoreTable) -> None:
     order = np.random.default_rng(2).permutation(500)[:490]
-    anew = ScoreTable(**{name: column[order] for name, column in vars(table).items()})
+    anew = ScoreTable(**{name: column[order] for name, column in table.columns.items()})
     found = compare_scores(table, replace(anew, mint_logit=anew.mint_logit + 1e-5))
     assert (found["compared"], found["missing"], found["different"]) == (490, 10, 0)
     assert found["predictions"] == 0

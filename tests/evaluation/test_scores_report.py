@@ -259,7 +259,7 @@ def test_loss_threshold_is_the_same_measurement_of_the_negated_loss() -> None:
 def test_missing_withheld_leaves_member_as_it_is() -> None:
     full = random_table()
     kept = full.role != "withheld"
-    part = ScoreTable(**{name: column[kept] for name, column in vars(full).items()})
+    part = ScoreTable(**{name: column[kept] for name, column in full.columns.items()})
     figures = evaluate(part, CONFIG)
     assert figures["membership"]["member"] == evaluate(full, CONFIG)["membership"]["member"]
     withheld = figures["membership"]["withheld"]
@@ -279,7 +279,7 @@ def test_every_figure_can_be_recomputed_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
     write_scores(table, path)
     again = read_scores(path)
-    for name, column in vars(table).items():
+    for name, column in table.columns.items():
         stored = getattr(again, name)
         assert stored.dtype.kind == column.dtype.kind
         assert stored.tolist() == column.tolist()  # to the last bit
@@ -291,11 +291,11 @@ def test_figures_do_not_depend_on_workers_or_order() -> None:
     table = random_table()
     order = np.random.default_rng(0).permutation(len(table))
     parts = [
-        ScoreTable(**{name: column[order[r::3]] for name, column in vars(table).items()})
+        ScoreTable(**{name: column[order[r::3]] for name, column in table.columns.items()})
         for r in range(3)
     ]
     together = concatenate(parts)
-    for name, column in vars(table).items():
+    for name, column in table.columns.items():
         assert getattr(together, name).tolist() == column.tolist()
     assert evaluate(parts[0], CONFIG) != evaluate(table, CONFIG)
 
@@ -303,8 +303,8 @@ def test_figures_do_not_depend_on_workers_or_order() -> None:
 def test_nothing_scored_is_an_empty_table() -> None:
     empty = concatenate([])
     assert len(empty) == 0
-    assert {name: column.dtype.kind for name, column in vars(empty).items()} == {
-        name: column.dtype.kind for name, column in vars(random_table()).items()
+    assert {name: column.dtype.kind for name, column in empty.columns.items()} == {
+        name: column.dtype.kind for name, column in random_table().columns.items()
     }
 
 

@@ -120,7 +120,7 @@ def test_no_row_of_test_or_external_has_influence(role: str) -> None:
         others = replace(column((role, names, [value] * 50)), task_loss=np.full(50, value))
         places = rng.integers(0, len(TABLE), 50)
         mixed = ScoreTable(
-            **{k: np.insert(v, places, getattr(others, k)) for k, v in vars(TABLE).items()}
+            **{k: np.insert(v, places, getattr(others, k)) for k, v in TABLE.columns.items()}
         )
         assert selection_figures(mixed, CONFIG, head_trained=True) == before
 

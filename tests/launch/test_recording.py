@@ -65,7 +65,7 @@ def epoch(number: int) -> dict[str, float]:
 
 def sums(task_loss: float) -> list[float]:
     """Of 4 rows of D, of which the head was told 2."""
-    return [4 * task_loss, 1.0, 4.0, 2 * task_loss, 2.0]
+    return [4 * task_loss, 1.0, 4.0, 2 * task_loss, 2.0, 0.0, 0.0]
 
 
 def test_a_new_run_is_told_everything_once(
@@ -102,7 +102,7 @@ def test_a_run_without_its_head_has_no_loss_of_it(
     opening: Callable[..., Recording], kept: Kept
 ) -> None:
     run = opening(OpenedRun("a" * 32, started=0))
-    run.hear({"phase": "steps", "first": 1, "sums": [[4.0, 1.0, 4.0, 0.0, 0.0]]})
+    run.hear({"phase": "steps", "first": 1, "sums": [[4.0, 1.0, 4.0, 0.0, 0.0, 0.0, 0.0]]})
     run.finish(Silent(), wait_seconds=1)
     assert kept.records[0]["values"] == {STEP_METRIC: 1.0}
 

@@ -155,7 +155,7 @@ def sharded_run(folder: Path, rank: int, world_size: int, *, dies: bool = False)
             {k: v for k, v in entry.items() if k != "train/steps_per_second"}
             for entry in trained.history
         ],
-        "scores": vars(trained.scores),
+        "scores": trained.scores.columns,
         "steps": context.steps,
     }
 

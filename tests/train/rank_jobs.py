@@ -73,7 +73,7 @@ def losses_of_every_step(config: Config, context: RankContext) -> dict[str, Any]
             for entry in trained.history
         ],
         "weights": {k: v.clone() for k, v in trained.model.state_dict().items()},
-        "scores": vars(trained.scores),
+        "scores": trained.scores.columns,
     }
 
 
@@ -85,9 +85,9 @@ def untrained_scores(context: RankContext) -> dict[str, Any]:
     return {
         "monitor": monitor(model, streams, context),
         "select": monitor(model, streams, context, select=SELECT),
-        "scores": vars(
-            gather(score(model, streams.score_batches(list(Role)), context.device), context)
-        ),
+        "scores": gather(
+            score(model, streams.score_batches(list(Role)), context.device), context
+        ).columns,
     }
 
 

@@ -112,7 +112,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(
     assert_same_weights(resumed.model.state_dict(), straight.model.state_dict())
     assert _history(resumed) == _history(straight)
     assert [entry["epoch"] for entry in resumed.history] == [1, 2, 3, 4]
-    for name, column in vars(straight.scores).items():
+    for name, column in straight.scores.columns.items():
         assert np.array_equal(getattr(resumed.scores, name), column), name
 
 
@@ -131,7 +131,7 @@ def test_the_last_checkpoint_is_the_trained_model_and_its_scores(tmp_path: Path)
     assert state.history == trained.history
     assert_same_weights(state.model.state_dict(), trained.model.state_dict())
     stored = read_scores(last / SCORES)
-    for name, column in vars(trained.scores).items():
+    for name, column in trained.scores.columns.items():
         assert np.array_equal(getattr(stored, name), column), name
     # A run that is already done only scores again.
     again = LocalContext(tmp_path)
@@ -176,7 +176,7 @@ def test_long_training_is_not_risked_while_samples_are_scored(
     assert [event["phase"] for event in context.events] == ["evaluate"]
     assert_same_weights(resumed.model.state_dict(), straight.model.state_dict())
     assert _history(resumed) == _history(straight)
-    for name, column in vars(straight.scores).items():
+    for name, column in straight.scores.columns.items():
         assert np.array_equal(getattr(resumed.scores, name), column), name
 
 

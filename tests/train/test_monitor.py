@@ -68,7 +68,7 @@ def test_a_look_shows_what_scoring_shows_and_changes_nothing(
     looked, context = run(looking(config, select_every=2), tmp_path / "looked")
     assert_same_weights(looked.model.state_dict(), plain.model.state_dict())
     assert parts(looked)[0] == parts(plain)[0]
-    for name, values in vars(plain.scores).items():
+    for name, values in plain.scores.columns.items():
         assert np.array_equal(getattr(looked.scores, name), values), name
     chosen = parts(looked)[1]
     assert [bool(entry) for entry in chosen] == [False, True, True]  # the last one always

@@ -158,7 +158,7 @@ def assert_same_end(got: Trained, expected: Trained) -> None:
     """Bit for bit."""
     assert_same_weights(got.model.state_dict(), expected.model.state_dict())
     assert history(got) == history(expected)
-    for name, column in vars(expected.scores).items():
+    for name, column in expected.scores.columns.items():
         assert np.array_equal(getattr(got.scores, name), column), name
 
 
