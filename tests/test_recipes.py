@@ -63,7 +63,7 @@ def test_recipe_trains_one_epoch_and_is_measured(recipe: str, tmp_path: Path) ->
     overrides = ["train.epochs=1", "train.warmup_epochs=0", "train.batch_size=4"]
     overrides.append("evaluation.batch_size=8")
     if load_config(recipe).data.source == "parquet":
-        write_split(tmp_path / "train-0.parquet", 40, size=size + 2, seed=1)
+        write_split(tmp_path / "train-0.parquet", 50, size=size + 2, seed=1)
         write_split(tmp_path / "test-0.parquet", 6, size=size, seed=2)
         overrides.append(f"data.path={tmp_path}")
     else:
