@@ -12,10 +12,33 @@ from rich.console import Console
 from amint_ray import display
 from amint_ray.contracts import few_samples
 from amint_ray.display import LiveDisplay, PlainDisplay
-from amint_ray.tables import interval, print_data, print_document, print_reproduced, print_result
+from amint_ray.tables import (
+    _code_rows,
+    interval,
+    print_data,
+    print_document,
+    print_reproduced,
+    print_result,
+)
 
 EPOCH = {"phase": "epoch", "epoch": 3, "train/task_loss": 0.5, "train/mint_loss": 0.25}
 STEP = {"phase": "train", "epoch": 3, "epochs": 8, "step": 30, "steps": 80}
+
+
+def test_what_codes_say_is_a_row_each() -> None:
+    figure = {"value": 0.75, "low": 0.7, "high": 0.8}
+    unknown = {"value": None, "low": None, "high": None}
+    told = {"bits": 8, "match_rate": figure, "null_match_rate": {**figure, "value": 0.5}}
+    told |= {"tpr_at_p": {"0.01": figure, "1e-06": unknown}}
+    member = told | {"collection": {"images": 7, "p": 1e-6}}
+    withheld = told | {"collection": {"images": None, "p": 1e-6}}
+    assert list(_code_rows(member, withheld)) == [
+        ("right bits of the code, of 8", *["0.750 [0.700, 0.800]"] * 2),
+        ("    of test images, which is ½ but for chance", *["0.500 [0.700, 0.800]"] * 2),
+        ("TPR at p ≤ 0.01, an exact rate", *["0.750 [0.700, 0.800]"] * 2),
+        ("images that convict together at p ≤ 1e-06", "7", "–"),
+    ]
+    assert list(_code_rows({}, {})) == []
 
 
 def test_plain_form_is_lines_with_epoch_and_both_losses() -> None:

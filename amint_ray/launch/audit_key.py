@@ -6,9 +6,7 @@ that is follows here.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,10 @@ from amint_ray.audit.suspects import Settings
 from amint_ray.audit.verdict import Judgement
 from amint_ray.config.audit import AuditSettings
 from amint_ray.contracts import UserError, Watcher
-from amint_ray.data.keys import codes, key_fingerprint, load_key
+from amint_ray.data.keys import codes, key_fingerprint
 from amint_ray.launch.attack_parts import read_arrays
 from amint_ray.launch.audit_worker import CODE_CONTENT, CODE_LOGITS
+from amint_ray.launch.codes import take_key
 from amint_ray.storage import Location
 from amint_ray.tracking.registered import RegisteredModel
 
@@ -41,7 +40,7 @@ def given_key(*, key_file: str | None, key_env: str | None) -> bytes | None:
     if key_file == "" or key_env == "":
         option = "--key-file" if key_env is None else "--key-env"
         raise UserError(f"{option} is empty; give the name of what holds the key, or leave it out")
-    return load_key(key_file=key_file, key_env=key_env)
+    return take_key(key_file=key_file, key_env=key_env)
 
 
 def check_key(
@@ -84,21 +83,6 @@ def check_key(
                 "are looked at"
             )
         watcher.notice(f"{silent}: only its outputs are looked at; --key-file asks the head")
-
-
-@contextlib.contextmanager
-def kept_from_others(variable: str | None) -> Iterator[None]:
-    """Take a variable out of this process's environment, which those that Ray starts inherit.
-
-    Args:
-        variable: its name; None: there is none.
-    """
-    value = None if variable is None else os.environ.pop(variable, None)
-    try:
-        yield
-    finally:
-        if variable is not None and value is not None:
-            os.environ[variable] = value
 
 
 def judge_codes(

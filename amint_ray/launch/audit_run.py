@@ -16,7 +16,7 @@ from amint_ray.config.schema import Cluster
 from amint_ray.contracts import RunError, UserError, Watcher, first_line, numbered
 from amint_ray.data.sources import count
 from amint_ray.launch.attack_parts import code_fingerprint, fingerprint_of
-from amint_ray.launch.audit_key import check_key, given_key, kept_from_others
+from amint_ray.launch.audit_key import check_key, given_key
 from amint_ray.launch.audit_result import Origin, conclude
 from amint_ray.launch.audit_suspects import Found, find_suspects
 from amint_ray.launch.audit_worker import Asked, Looker
@@ -113,7 +113,7 @@ def run_audit(
         if todo:
             address = address_of(cluster)
             watcher.phase("starting Ray")
-            with kept_from_others(key_env), connect(address, verbose=verbose):
+            with connect(address, verbose=verbose):
                 if address is not None:
                     wait_for_room(cluster.model_copy(update={"workers": 1}), watcher)
                 _look(asked, model, todo, cluster, settings, watcher)

@@ -59,19 +59,31 @@ def codes_of(config: Config, dataset: Dataset) -> Codes | None:
     return codes(_key(config), contents, MOST_BITS)
 
 
-_TAKEN: dict[str, str] = {}
-"""Environment variables that held a key: processes that are started later must not inherit it."""
+_TAKEN: dict[str, bytes] = {}
+"""Keys by the environment variables that held them."""
+
+
+def take_key(*, key_file: str | None, key_env: str | None) -> bytes:
+    """The key; the variable that held it is no longer there for processes that are started later.
+
+    Args:
+        key_file: as for `load_key`.
+        key_env: likewise; once it was taken, this process alone still has it.
+
+    Raises:
+        UserError: as `load_key`.
+    """
+    if key_env is not None and key_env not in os.environ and key_env in _TAKEN:
+        return _TAKEN[key_env]
+    key = load_key(key_file=key_file, key_env=key_env)
+    if key_env is not None:
+        del os.environ[key_env]
+        _TAKEN[key_env] = key
+    return key
 
 
 def _key(config: Config) -> bytes:
-    variable = config.mint.key_env
-    if variable is not None and variable in os.environ:
-        key = load_key(key_file=None, key_env=variable)
-        _TAKEN[variable] = os.environ.pop(variable)
-        return key
-    if variable in _TAKEN:
-        return bytes.fromhex(_TAKEN[variable].strip())
-    return load_key(key_file=config.mint.key_file, key_env=variable)
+    return take_key(key_file=config.mint.key_file, key_env=config.mint.key_env)
 
 
 def _where(config: Config) -> str:

@@ -120,6 +120,15 @@ def test_withheld_images_teach_it_nothing() -> None:
     assert any((changed[name] != usual[name]).any() for name in usual)
 
 
+def test_of_a_model_that_says_codes_it_is_told_of_membership_alone() -> None:
+    config = config_of(RESNET, train={"epochs": 1})
+    coded = config_of(RESNET, mint={"objective": "keyed", "keyed": {"bits": 6}})
+    passive = trained(config, AuditedModel(architecture_of(coded)))
+    table = score(passive, streams_of(config).score_batches([Role.TEST]), CPU)
+    assert np.isfinite(table.mint_logit).all()
+    assert table.code_p is None
+
+
 def test_it_learns_its_members_and_can_be_asked_like_any_model() -> None:
     config = config_of(RESNET, train={"epochs": 60, "lr": 1e-2})
     model = audited(config)

@@ -141,3 +141,13 @@ def test_a_card_fits_into_mlflows_database() -> None:
         if longest > 1000:  # whole sections
             assert card[len(body) :].lstrip("\n").startswith("## ")
     assert len(shortened("x" * 9000)) == LONGEST_DESCRIPTION
+
+
+def test_a_head_that_says_codes_is_asked_with_a_key() -> None:
+    config = load_config("digits", ["mint.objective=keyed", f"mint.keyed.fingerprint={'ab' * 32}"])
+    card = card_of({**a_document(), "objective": "keyed"}, config)
+    assert "a secret code of 32 bits for each image of D (learned head)" in card
+    assert f"key with fingerprint `{'ab' * 32}`" in card
+    assert "`amint audit --key-file`" in card
+    assert "model.p_values" not in card
+    assert "the answer is a p-value" not in card
