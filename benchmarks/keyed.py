@@ -50,6 +50,7 @@ SETTINGS = {
     "binary": [],
     "keyed, learned": ["mint.objective=keyed"],
     "keyed, fixed": ["mint.objective=keyed", "mint.keyed.head=fixed"],
+    "both, learned": ["mint.objective=both"],
 }
 BITS = (4, 8, 16, 32)
 MEMBERS = (1000, 2000, 4000, 8000)
