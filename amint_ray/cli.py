@@ -71,7 +71,7 @@ def train(
 
     Where a run of the same configuration was cut off, it goes on from its last checkpoint.
     """
-    from amint_ray.config.load import load_config
+    from amint_ray.config.load import load_run
     from amint_ray.display import open_display, results_only
     from amint_ray.tables import print_document, print_result
 
@@ -80,7 +80,7 @@ def train(
     if force_resume and resume is None:
         raise UserError("--force-resume needs --resume=RUN")
 
-    config = load_config(recipe, overrides)
+    config = load_run(recipe, overrides)
     with results_only(verbose=verbose) as stdout:
         display = open_display(raise_if_stopped, plain=verbose)
         display.phase("starting")

@@ -19,6 +19,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 for name in [*os.environ]:
     if name.startswith(("AWS_", "MLFLOW_TRACKING_", "RAY_")) and name != "RAY_TMPDIR":
         del os.environ[name]
+# Two processes of tests share two cores: threads of one would spin, waiting for the other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # infra is not installed
 
 

@@ -54,6 +54,23 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     return configured(tree, overrides, shipped=recipe in recipe_names())
 
 
+def load_run(recipe: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run of its own, which uses what it names.
+
+    Raises:
+        UserError: as `load_config`; or it names a key and learns no codes, as some trials of a
+            search may.
+    """
+    mint = (config := load_config(recipe, overrides)).mint
+    if mint.names_key and not mint.coded:
+        named = "mint.key_env" if mint.key_file is None else "mint.key_file"
+        raise UserError(
+            f"{named} names a key, and mint.objective=binary learns no codes; take "
+            "mint.objective=keyed or both, or leave the key out"
+        )
+    return config
+
+
 def configured(tree: DictConfig, overrides: Sequence[str], *, shipped: bool = False) -> Config:
     """The same from a recipe's tree, which stays as it is.
 

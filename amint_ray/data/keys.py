@@ -13,7 +13,6 @@ import hmac
 import os
 import re
 import secrets
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,18 +82,20 @@ def write_key(path: str | Path, key: bytes) -> None:
     """
     if not Path(path).name:
         raise UserError(f"key file {str(path)!r}: is no name of a file")
+    if _looks_like_key(str(path)):
+        raise UserError(f"key file {_shown(str(path))}; name a file")
     try:
         final = Path(path).expanduser()
-        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # No file beside it that is renamed: that would replace what is there.
+        descriptor = os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "w", encoding="ascii") as file:
                 file.write(key.hex() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, final)  # a rename would replace what is there
-        finally:
-            temporary.unlink()
+        except BaseException:
+            final.unlink(missing_ok=True)
+            raise
     except FileExistsError:
         raise UserError(
             f"key file {str(path)!r}: is there already; a key is never overwritten, since what was "
@@ -177,7 +178,10 @@ def _key_of(text: str, where: str) -> bytes:
     if not digits:
         raise UserError(f"{where}: is empty; {_MAKE_ONE}")
     if len(digits) > _LONGEST_FILE or not _HEX.fullmatch(digits):
-        raise UserError(f"{where}: is no key: one line of hex digits is expected; {_MAKE_ONE}")
+        raise UserError(
+            f"{where}: is no key: one line of hex digits is expected, two a byte and at most "
+            f"{_LONGEST_FILE}; {_MAKE_ONE}"
+        )
     key = bytes.fromhex(digits)
     if len(key) < FEWEST_KEY_BYTES:
         raise UserError(
@@ -189,6 +193,10 @@ def _key_of(text: str, where: str) -> bytes:
 
 def _shown(name: str) -> str:
     """A name as an error shows it; a key that was given in its place is not repeated."""
-    if len(name) >= 2 * FEWEST_KEY_BYTES and _HEX.fullmatch(name):
+    if _looks_like_key(name):
         return "(not shown: it looks like a key itself, and a reference to one is expected)"
     return repr(name)
+
+
+def _looks_like_key(name: str) -> bool:
+    return len(name) >= 2 * FEWEST_KEY_BYTES and _HEX.fullmatch(name) is not None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from amint_ray.config.load import load_config
+from amint_ray.config.load import load_run
 from amint_ray.contracts import RunError, UserError, first_line
 from amint_ray.launch.no_secrets import secret_arguments, secrets_in_runtime_env
 from amint_ray.launch.time_limit import within
@@ -196,7 +196,7 @@ def plan_job(
         raise UserError("only train can be sent: amint submit -- train RECIPE [key=value ...]")
     refuse_secrets(words)
     asked = parse(words[1:])
-    config = load_config(asked["recipe"], asked["overrides"])
+    config = load_run(asked["recipe"], asked["overrides"])
     environment = read_runtime_env(runtime_env)
     job_id = _new_job_id(config.name) if name is None else _check_job_id(name)
     return Job(dashboard_address(address), job_id, command_line(words), environment)

@@ -120,6 +120,9 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
         write_key(tmp_path / "nowhere" / "member.key", KEY)
     with pytest.raises(UserError, match="is no name of a file"):
         write_key("", KEY)
+    with pytest.raises(UserError, match="looks like a key itself") as told:
+        write_key(KEY.hex(), KEY)
+    assert KEY.hex() not in str(told.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "member.key"]
 
 

@@ -12,7 +12,13 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from amint_ray.config.data_schema import Data
-from amint_ray.config.load import fingerprint, load_config, to_yaml, training_fingerprint
+from amint_ray.config.load import (
+    fingerprint,
+    load_config,
+    load_run,
+    to_yaml,
+    training_fingerprint,
+)
 from amint_ray.config.search import load_search
 from amint_ray.contracts import UserError
 from amint_ray.data.images import decode, perceptual_hash
@@ -208,6 +214,18 @@ def test_the_key_belongs_to_the_configuration(
 def test_what_does_not_fit_is_said(settings: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         load_config("digits", settings)
+
+
+def test_a_run_names_no_key_that_it_would_not_use() -> None:
+    """A search may: some of its trials use it."""
+    named = ["mint.key_file=there"]
+    with pytest.raises(UserError, match=r"mint\.key_file names a key.*mint\.objective=keyed"):
+        load_run("digits", named)
+    with pytest.raises(UserError, match=r"mint\.key_env names a key"):
+        load_run("digits", ["mint.key_env=KEY"])
+    assert not load_config("digits", named).mint.coded
+    for objective in ("keyed", "both"):
+        assert load_run("digits", [*named, f"mint.objective={objective}"]).mint.coded
 
 
 def test_a_keyed_head_gives_the_share_of_e_to_members() -> None:
