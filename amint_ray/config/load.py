@@ -82,15 +82,14 @@ def configured(tree: DictConfig, overrides: Sequence[str], *, shipped: bool = Fa
     Raises:
         UserError: likewise.
     """
-    before = OmegaConf.select(tree, "data.shares")
-    tree = copy.deepcopy(tree)
+    tree, given = copy.deepcopy(tree), OmegaConf.create()
     for override in overrides:
-        tree = merge_override(tree, override)
+        tree, given = merge_override(tree, override), merge_override(given, override)
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_unresolved(error)}") from error
-    if shipped and before == OmegaConf.select(tree, "data.shares"):
+    if shipped and OmegaConf.select(given, "data.shares") is None:
         values = _without_external(values)
     try:
         return Config.model_validate(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,13 @@ def test_shares_that_a_user_or_a_run_wrote_stay_as_they_are(tmp_path: Path) -> N
     )
     mapped = load_config("digits", ["mint.objective=keyed", whole])
     assert mapped.data.shares.external == 0.1
+    # The recipe's own, but given: two objectives are compared on one D.
+    own = load_config("digits").data.shares
+    for given in (
+        [f"data.shares={json.dumps(own.model_dump())}"],
+        [f"data.shares.member={own.member}"],
+    ):
+        assert load_config("digits", ["mint.objective=keyed", *given]).data.shares == own
 
 
 def test_what_may_be_a_key_is_not_repeated() -> None:
