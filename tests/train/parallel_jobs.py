@@ -42,7 +42,12 @@ CONFIGS: dict[str, Config] = {
     ),
     "vit-detached": config_of(VIT, mint={"detach": True}, train=SGD),
     # One worker computes ten rows in three parts, two workers five in two, three workers at once.
-    "convnext-micro-batches": config_of(CONVNEXT, train={**SGD, "micro_batch": 4}),
+    # Membership from the taps, codes from what the classifier reads.
+    "convnext-micro-batches-codes": config_of(
+        CONVNEXT,
+        train={**SGD, "micro_batch": 4},
+        mint={"objective": "both", "keyed": {"bits": 6, "head": "fixed"}},
+    ),
     "convnext-float16": config_of(CONVNEXT, train={**SGD, "precision": "float16"}),
     "convnext-plain": config_of(CONVNEXT, loss=Loss(lambda_mint=0.0), train=SGD),
     "resnet-synchronised": config_of(RESNET, train={**SGD, "sync_batchnorm": True}),

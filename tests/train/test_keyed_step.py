@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from training_setup import (
+    CODES,
     CONVNEXT,
-    COUNTS,
     RESNET,
     VIT,
     Backbone,
@@ -40,7 +40,6 @@ CPU, ASKED = torch.device("cpu"), (Role.MEMBER, Role.TEST)
 BACKBONES = pytest.mark.parametrize(
     "backbone", [VIT, CONVNEXT, RESNET], ids=["vit", "convnext", "resnet"]
 )
-CODES = np.random.default_rng(3).integers(0, 2, (sum(COUNTS.values()), 64)).astype(np.uint8)
 
 
 def keyed(
@@ -50,12 +49,8 @@ def keyed(
     return config_of(backbone, mint=mint, **more)
 
 
-def streams(config: Config, **where: int) -> MemoryStreams:
-    return MemoryStreams(*data_set(), config, **({"rank": 0, "world_size": 1} | where), codes=CODES)
-
-
 def first_batch(config: Config, **where: int) -> Batch:
-    batch = next(streams(config, **where).train_batches(0))
+    batch = next(streams_of(config, **where).train_batches(0))
     return dataclasses.replace(batch, images=batch.images.double())
 
 
@@ -198,7 +193,7 @@ def test_a_step_teaches_the_code_and_scores_tell_it_from_another_keys() -> None:
     config = keyed(VIT, train={"lr": 5e-3})
     model = AuditedModel(architecture_of(config))
     update = Update(model, torch.optim.Adam(model.parameters(), lr=5e-3))
-    mine = streams(config)
+    mine = streams_of(config)
     for epoch in range(40):
         for batch in mine.train_batches(epoch):
             train_step(model, batch, Objective(), update)
@@ -241,12 +236,12 @@ def test_a_head_that_is_not_finite_has_no_right_bits_and_hides_behind_none() -> 
     model = AuditedModel(architecture_of(config)).eval()
     with torch.no_grad():
         model.head.fc[-1].bias[0] = torch.nan  # membership alone
-    table = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    table = score(model, streams_of(config).score_batches([Role.TEST]), CPU)
     assert np.isnan(table.mint_logit).all()
     assert table.code_p is not None and np.isfinite(table.code_p).all()
     with torch.no_grad():
         model.head.fc[-1].bias[1] = torch.nan  # and a bit
-    table = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    table = score(model, streams_of(config).score_batches([Role.TEST]), CPU)
     assert table.code_matches is not None and table.code_p is not None
     assert table.code_matches.max() == 0
     assert np.isnan(table.code_p).all()
@@ -255,14 +250,14 @@ def test_a_head_that_is_not_finite_has_no_right_bits_and_hides_behind_none() -> 
 def test_a_worker_without_rows_takes_no_column_away() -> None:
     config = keyed()
     model = AuditedModel(architecture_of(config)).eval()
-    mine = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    mine = score(model, streams_of(config).score_batches([Role.TEST]), CPU)
     black = ScoreBatch(
         images=torch.zeros(1, 3, 16, 16),
         labels=torch.zeros(1, dtype=torch.int64),
         sample_id=np.empty(0, np.str_),
         role=np.empty(0, np.str_),
     )
-    filled = score(model, [*streams(config).score_batches([Role.TEST]), black], CPU)
+    filled = score(model, [*streams_of(config).score_batches([Role.TEST]), black], CPU)
     for joined in (filled, concatenate([concatenate([]), mine])):
         assert joined.code_matches is not None and mine.code_matches is not None
         assert joined.code_matches.tolist() == mine.code_matches.tolist()
@@ -272,7 +267,7 @@ def test_stored_scores_do_not_give_codes_away() -> None:
     """Three digits of a likelihood ratio are those of many codes."""
     config = config_of(VIT, mint={"objective": "keyed", "keyed": {"bits": 12}})
     model = AuditedModel(architecture_of(config)).eval()
-    table = score(model, streams(config).score_batches([Role.TEST]), CPU)
+    table = score(model, streams_of(config).score_batches([Role.TEST]), CPU)
     digits = np.char.mod("%.6e", np.abs(table.mint_logit))
     assert all(text[4:8] in ("0000", "9999") for text in digits)
     assert table.code_p is not None
@@ -282,7 +277,7 @@ def test_stored_scores_do_not_give_codes_away() -> None:
 def soft_p_values_of(model: AuditedModel, config: Config) -> np.ndarray:
     """Unrounded, of the test images, by sample id."""
     found = []
-    for batch in streams(config).score_batches([Role.TEST]):
+    for batch in streams_of(config).score_batches([Role.TEST]):
         assert batch.code is not None
         said = model.membership(batch.images).double().numpy()
         found += zip(batch.sample_id.tolist(), soft_p_values(said, batch.code), strict=True)
@@ -291,7 +286,7 @@ def soft_p_values_of(model: AuditedModel, config: Config) -> np.ndarray:
 
 def test_codes_must_be_there_and_heads_must_fit() -> None:
     with pytest.raises(ValueError, match="codes are missing"):
-        streams_of(keyed())
+        MemoryStreams(*data_set(), keyed(), rank=0, world_size=1)
     with pytest.raises(UserError, match=r"mint\.keyed\.head=fixed.*no single last layer"):
         config = keyed(head="fixed")
         model = config.model.model_copy(
@@ -305,4 +300,4 @@ def test_without_lambda_the_model_is_the_plain_one() -> None:
     config = keyed()
     plain = config.model_copy(update={"loss": config.loss.model_copy(update={"lambda_mint": 0.0})})
     assert architecture_of(plain).head.bits == 0
-    assert next(streams(plain).train_batches(0)).code is None
+    assert next(streams_of(plain).train_batches(0)).code is None

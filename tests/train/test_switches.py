@@ -25,6 +25,7 @@ from training_setup import (
     take_steps,
 )
 
+from amint_ray.config.mint_schema import Keyed
 from amint_ray.config.schema import Loss
 from amint_ray.contracts import Batch
 from amint_ray.train.loop import LocalContext, train
@@ -207,10 +208,12 @@ def test_a_compiled_model_with_checkpointed_blocks_trains_alike() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike() -> None:
+    """Codes read off what the classifier reads, too."""
     model, mint = VIT
+    coded = {"objective": "both", "keyed": Keyed(bits=6, head="fixed")}
     small = (
         model.model_copy(update={"options": {**model.options, "depth": 2}}),
-        mint.model_copy(update={"taps": ("blocks.0", "blocks.1")}),
+        mint.model_copy(update={"taps": ("blocks.0", "blocks.1"), **coded}),
     )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

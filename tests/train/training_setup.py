@@ -60,6 +60,9 @@ RESNET = (
     Mint(taps=("layer2", "layer3"), channels=6, hidden=10),
 )
 
+# Secret codes of the images below, for heads that learn them.
+CODES = np.random.default_rng(3).integers(0, 2, (sum(COUNTS.values()), 64)).astype(np.uint8)
+
 
 def config_of(
     backbone: Backbone,
@@ -101,7 +104,7 @@ def data_set() -> tuple[np.ndarray, Manifest]:
 
 
 def streams_of(config: Config, *, rank: int = 0, world_size: int = 1) -> MemoryStreams:
-    return MemoryStreams(*data_set(), config, rank=rank, world_size=world_size)
+    return MemoryStreams(*data_set(), config, rank=rank, world_size=world_size, codes=CODES)
 
 
 class Poisoned(MemoryStreams):
