@@ -2,41 +2,34 @@
 
     python -m benchmarks.keyed digits [KEY.PATH=VALUE …] [--seeds 3] [--settings NAME …] [--json]
     python -m benchmarks.keyed --capacity cifar10_resnet50 KEY.PATH=VALUE … [--members 1000 2000 …]
-    python -m benchmarks.keyed --handling FOLDER [--images 1000]
 
 One process without Ray. `--capacity` asks how many bits of how many members a backbone takes in,
-and in how many epochs; `--handling` what of real pictures' codes outlasts re-encoding and the like.
+and in how many epochs.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
 
-from amint_ray.config.data_schema import Data
 from amint_ray.config.load import load_config
 from amint_ray.config.schema import Config
 from amint_ray.contracts import Role
-from amint_ray.data.images import BadImage, decode, perceptual_hash
 from amint_ray.data.index import Index
-from amint_ray.data.keys import codes, image_content
+from amint_ray.data.keys import codes, image_content, perceptual_content
 from amint_ray.data.loading import MemoryStreams
 from amint_ray.data.memory import load_memory
-from amint_ray.data.sources import Fault, open_source
-from amint_ray.data.transforms import Views
+from amint_ray.data.sources import open_source
 from amint_ray.evaluation.metrics import Interval, auc
 from amint_ray.evaluation.report import evaluate
 from amint_ray.evaluation.scores import score
@@ -54,18 +47,26 @@ SETTINGS = {
 }
 BITS = (4, 8, 16, 32)
 MEMBERS = (1000, 2000, 4000, 8000)
-_KEY = b"a key of the benchmark's, no secret"
+KEY = b"a key of the benchmark's, no secret"
 _HELD: dict[str, tuple[Any, Index, Any]] = {}
 
 
 def held(config: Config) -> tuple[Any, Index, Any]:
     """Images, who they are, and their codes; those of the last source and split are kept."""
-    name = config.data.model_dump_json()
+    name = config.data.model_dump_json() + config.mint.keyed.code_from
     if name not in _HELD:
         _HELD.clear()
-        images, index = load_memory(open_source(config.data), config.data, readers=2)
-        _HELD[name] = images, index, codes(_KEY, [image_content(each) for each in images], 64)
+        of = config.mint.keyed.code_from
+        images, index = load_memory(open_source(config.data), config.data, readers=2, hashes=of)
+        _HELD[name] = images, index, codes(KEY, _contents(images, index), 64)
     return _HELD[name]
+
+
+def _contents(images: Any, index: Index) -> list[bytes]:
+    """What codes are of."""
+    if index.perceptual is not None:
+        return [perceptual_content(each) for each in index.perceptual.tolist()]
+    return [image_content(each) for each in images]
 
 
 def trained(config: Config) -> tuple[Trained, MemoryStreams, MemoryStreams]:
@@ -73,7 +74,7 @@ def trained(config: Config) -> tuple[Trained, MemoryStreams, MemoryStreams]:
     images, index, mine = held(config)
     classes = len(index.class_names)
     architecture = replace(plan_architecture(config, num_classes=2), num_classes=classes)
-    other = codes(_KEY[::-1], [image_content(each) for each in images], 64)
+    other = codes(KEY[::-1], _contents(images, index), 64)
     streams, wrong = (
         MemoryStreams(images, index.manifest, config, rank=0, world_size=1, codes=of)
         for of in (mine, other)
@@ -266,121 +267,22 @@ def print_capacity(found: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _encoded(image: Image.Image, kind: str, **options: Any) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return decode(buffer.getvalue(), max_megapixels=100)
-
-
-def _resized(image: Image.Image) -> Image.Image:
-    smaller = [max(1, round(0.9 * side)) for side in image.size]
-    there = image.resize((smaller[0], smaller[1]), Image.Resampling.BICUBIC)
-    return there.resize(image.size, Image.Resampling.BICUBIC)
-
-
-def _cropped(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    edge = (round(0.05 * width), round(0.05 * height))
-    return image.crop((*edge, width - edge[0], height - edge[1])).resize(image.size)
-
-
-HANDLINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "PNG": lambda image: _encoded(image, "PNG"),
-    "JPEG, quality 90": lambda image: _encoded(image, "JPEG", quality=90),
-    "JPEG, quality 75": lambda image: _encoded(image, "JPEG", quality=75),
-    "JPEG, quality 50": lambda image: _encoded(image, "JPEG", quality=50),
-    "JPEG 90, then PNG": lambda image: _encoded(_encoded(image, "JPEG", quality=90), "PNG"),
-    "resized by 0.9 and back": _resized,
-    "shifted by one pixel": lambda image: image.transform(
-        image.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 1)
-    ),
-    "cropped by a twentieth on each side": _cropped,
-    "flipped": ImageOps.mirror,
-    "brightness 1.1": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
-}
-
-
-def handling(folder: str, images: int) -> dict[str, Any]:
-    """Which share of real pictures keeps its content, and how far perceptual hashes move."""
-    data = Data.model_validate({"source": "parquet", "path": folder, "image_size": 32})
-    views = Views(data)
-    found: dict[str, dict[str, list[Any]]] = {
-        name: {"content": [], "distance": []} for name in HANDLINGS
-    }
-    hashes = []
-    for picture in itertools.islice(_pictures(data), images):
-        before, own = image_content(views.plain(picture).numpy()), perceptual_hash(picture)
-        hashes.append(own)
-        for name, handle in HANDLINGS.items():
-            after = handle(picture)
-            same = image_content(views.plain(after).numpy()) == before
-            found[name]["content"].append(same)
-            apart = (own ^ perceptual_hash(after)) & (2**64 - 1)
-            found[name]["distance"].append(apart.bit_count())
-    shared = len(hashes) - len(set(hashes))
-    return {
-        "images": len(hashes),
-        "sharing_a_perceptual_hash": shared,
-        "handlings": {
-            name: {
-                "content": float(np.mean(lists["content"])),
-                "perceptual": float(np.mean(np.array(lists["distance"]) == 0)),
-                "bits_apart": float(statistics.median(lists["distance"])),
-            }
-            for name, lists in found.items()
-        },
-    }
-
-
-def _pictures(data: Data) -> Iterator[Image.Image]:
-    """Decoded pictures of a source, in its order."""
-    source = open_source(data)
-    for shard, of in enumerate(source.shards):
-        for raw in source.read(shard, range(of.rows)):
-            if isinstance(raw, Fault):
-                continue
-            try:
-                yield decode(raw, max_megapixels=data.max_megapixels)
-            except BadImage:
-                continue
-
-
-def print_handling(found: Mapping[str, Any]) -> None:
-    """A Markdown table, a row a handling."""
-    print(
-        f"{found['images']:,} pictures; {found['sharing_a_perceptual_hash']:,} share a perceptual "
-        "hash with an earlier one."
-    )
-    print(
-        "| what happened to a picture | content kept | perceptual hash kept | bits apart, median |"
-    )
-    print("|---|---|---|---|")
-    for name, row in found["handlings"].items():
-        print(
-            f"| {name} | {row['content']:.3f} | {row['perceptual']:.3f} | {row['bits_apart']:g} |"
-        )
-
-
 def main() -> int:
     """Print a Markdown table or JSON on stdout; each run as a JSON line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="a recipe; with --handling a folder of Parquet files")
+    parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--capacity", action="store_true")
     parser.add_argument("--members", type=int, nargs="+", default=MEMBERS)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS)
-    parser.add_argument("--handling", action="store_true")
-    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_intermixed_args()
     keep_freed_memory()
     found: Any
     show: Callable[[Any], None]
-    if asked.handling:
-        found, show = handling(asked.recipe, asked.images), print_handling
-    elif asked.capacity:
+    if asked.capacity:
         found = capacity(asked.recipe, asked.overrides, asked.members, asked.bits)
         show = print_capacity
     else:

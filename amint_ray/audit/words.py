@@ -58,13 +58,13 @@ _REASONS = {
         "(data.shares, evaluation.reference_images)",
     ),
     "underpowered": (
-        "nothing was found in {compared} different image(s), and {needed} training images would be "
-        "needed to be noticed with a chance of {power:.0%} if the head was not told of them",
+        "the {compared} different image(s) together show nothing, and {needed} training images "
+        "would be needed to be noticed with a chance of {power:.0%} if the head was not told of them",
         "give more images of the same source, with their labels; a larger alpha needs fewer",
     ),
     "powerless": (
-        "nothing was found, and no number of training images is known to be noticed with a chance "
-        "of {power:.0%} if the head was not told of them",
+        "the collection as a whole shows nothing, and no number of training images is known to be "
+        "noticed with a chance of {power:.0%} if the head was not told of them",
         "{instead}a model with more calibration and withheld images, of the collection's classes, "
         "too (data.shares), can be asked for more",
     ),

@@ -55,8 +55,9 @@ def underpowered(*, images: int, needed: int | None, known: int, power: float) -
     """
     if needed is None:
         text = (
-            f"nothing was found, and by the {known:,} known image(s) that the model was taught the "
-            f"codes of, no size is known that would be noticed with a chance of {power:.0%}"
+            f"the collection as a whole shows nothing, and by the {known:,} known image(s) that "
+            "the model was taught the codes of, no size is known that would be noticed with a "
+            f"chance of {power:.0%}"
         )
         help_ = (
             "ask a model that remembers its codes better (more epochs, a larger loss.lambda_mint), "
@@ -64,8 +65,8 @@ def underpowered(*, images: int, needed: int | None, known: int, power: float) -
         )
     else:
         text = (
-            f"nothing was found in {images:,} different image(s), and {needed:,} whose codes the "
-            f"model was taught would be needed to be noticed with a chance of {power:.0%}"
+            f"the {images:,} different image(s) together show nothing, and {needed:,} whose codes "
+            f"the model was taught would be needed to be noticed with a chance of {power:.0%}"
         )
         help_ = "give more images of the same source; a larger alpha needs fewer"
     return {"code": "underpowered", "text": text, "help": help_}
