@@ -59,7 +59,8 @@ _REASONS = {
     ),
     "underpowered": (
         "the {compared} different image(s) together show nothing, and {needed} training images "
-        "would be needed to be noticed with a chance of {power:.0%} if the head was not told of them",
+        "would be needed to be noticed with a chance of {power:.0%} if the head was not told of "
+        "them",
         "give more images of the same source, with their labels; a larger alpha needs fewer",
     ),
     "powerless": (
