@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from amint_ray.config.mint_schema import SET_FOR_CODES, set_for_codes
 from amint_ray.config.schema import Config
 from amint_ray.contracts import UserError, first_line
 
@@ -89,29 +90,13 @@ def configured(tree: DictConfig, overrides: Sequence[str], *, shipped: bool = Fa
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_unresolved(error)}") from error
-    if shipped and OmegaConf.select(given, "data.shares") is None:
-        values = _without_external(values)
+    if shipped:
+        told = {key for key in SET_FOR_CODES if OmegaConf.select(given, key) is not None}
+        values = set_for_codes(values, told)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"config: {line}" for line in explain(error, Config))) from error
-
-
-def _without_external(values: Any) -> Any:
-    """A head that learns codes alone needs no E: unless told otherwise, its share trains the task.
-
-    Args:
-        values: a configuration that nobody has checked yet.
-    """
-    try:
-        shares = values["data"]["shares"]
-        if values["mint"]["objective"] == "keyed" and shares["external"] > 0:
-            # Rounded: 0.16 + 0.14 must be written as 0.3.
-            member = round(shares["member"] + shares["external"], 12)
-            shares |= {"member": member, "external": 0.0}
-    except (KeyError, TypeError):  # not all is said, or it is wrong, which others will tell
-        pass
-    return values
 
 
 def _unresolved(error: OmegaConfBaseException) -> str:

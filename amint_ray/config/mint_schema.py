@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -35,7 +36,8 @@ class Mint(Section):
     """What is learned of D. `binary`: D is 1, E is 0 (the paper's). `keyed`: each image's own code,
     which nobody knows who has not the key; what is not trained on has its bits right half the
     time, exactly. It needs no E: a shipped recipe's share of it goes to `member`, unless
-    `data.shares` is given on the command line. `both`: the two losses added up."""
+    `data.shares` is given on the command line, and its `loss.lambda_mint` is 0.3 at most, unless
+    that is given. `both`: the two losses added up."""
     key_file: Annotated[str, Field(min_length=1)] | None = None
     """File with the key (`amint key new FILE`); whoever has it can ask, and nobody else. The key
     itself is in no configuration, record or model."""
@@ -110,3 +112,34 @@ class Mint(Section):
     def coded(self) -> bool:
         """Whether images have a code that is learned."""
         return self.objective != "binary"
+
+
+SET_FOR_CODES = ("data.shares", "loss.lambda_mint")
+"""What a shipped recipe that is to learn codes alone does not keep, unless it is given."""
+_LAMBDA = 0.3
+"""λ₂ at which a head recalls most of its codes and the task loses nothing that was seen
+(docs/benchmarks.md)."""
+
+
+def set_for_codes(values: Any, told: Collection[str]) -> Any:
+    """A shipped recipe's values with what suits `mint.objective=keyed`, where it asks for that.
+
+    It needs no E, whose share trains the task.
+
+    Args:
+        values: a configuration that nobody has checked yet.
+        told: which of `SET_FOR_CODES` the user gave.
+    """
+    try:
+        if values["mint"]["objective"] != "keyed":
+            return values
+        shares, loss = values["data"]["shares"], values.setdefault("loss", {})
+        if "data.shares" not in told and shares["external"] > 0:
+            # Rounded: 0.16 + 0.14 must be written as 0.3.
+            member = round(shares["member"] + shares["external"], 12)
+            shares |= {"member": member, "external": 0.0}
+        if "loss.lambda_mint" not in told:
+            loss["lambda_mint"] = min(loss.get("lambda_mint", _LAMBDA), _LAMBDA)
+    except (KeyError, TypeError, AttributeError):  # it is wrong, which others will tell
+        pass
+    return values

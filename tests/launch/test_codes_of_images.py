@@ -244,6 +244,20 @@ def test_a_keyed_head_gives_the_share_of_e_to_members() -> None:
     assert load_config("digits", ["mint.objective=both"]).data.shares == before
 
 
+def test_a_keyed_head_is_weighed_less_than_a_recipes_binary_one() -> None:
+    for recipe, settings, weight in (
+        ("cifar10_resnet50", [], 0.3),
+        ("digits", [], 0.03),  # the recipe's own is less
+        ("cifar10_resnet50", ["loss.lambda_mint=1"], 1.0),
+        ("cifar10_resnet50", ["loss={lambda_mint: 0.7}"], 0.7),
+        ("cifar10_resnet50", ["mint.objective=both"], 1.0),
+    ):
+        config = load_config(recipe, ["mint.objective=keyed", *settings])
+        assert config.loss.lambda_mint == weight
+    with pytest.raises(UserError, match="loss"):
+        load_config("digits", ["mint.objective=keyed", "loss=3"])
+
+
 def test_shares_that_a_user_or_a_run_wrote_stay_as_they_are(tmp_path: Path) -> None:
     told = ["mint.objective=keyed", "data.shares.member=0.2", "data.shares.external=0.1"]
     saved = load_config("digits", told)
