@@ -30,8 +30,7 @@ from amint_ray.data.keys import codes, image_content, perceptual_content
 from amint_ray.data.loading import MemoryStreams
 from amint_ray.data.memory import load_memory
 from amint_ray.data.sources import open_source
-from amint_ray.evaluation.metrics import Interval, auc
-from amint_ray.evaluation.report import evaluate
+from amint_ray.evaluation.report import evaluate, membership_figures
 from amint_ray.evaluation.scores import score
 from amint_ray.model.joint import plan_architecture
 from amint_ray.train.allocator import keep_freed_memory
@@ -103,24 +102,26 @@ def compare(recipe: str, overrides: Sequence[str], seeds: int, settings: Sequenc
             if config.uses_key:
                 table = score(run.model, wrong.score_batches(list(Role)), torch.device("cpu"))
                 entry["other_key"] = evaluate(table, config.evaluation)["membership"]["member"]
-                entry["no_key"] = without_key(run, streams, config).as_dict()
+                entry["no_key"] = without_key(run, streams, config)
             print(json.dumps({"seed": seed, "setting": name} | _short(entry)), file=sys.stderr)
             found[name].append(entry)
     return found
 
 
 @torch.inference_mode()
-def without_key(run: Trained, streams: MemoryStreams, config: Config) -> Interval:
-    """AUC, member against test, of how sure the head is of bits: whoever has the model can ask."""
-    sure: dict[str, list[Any]] = {role.value: [] for role in (Role.MEMBER, Role.TEST)}
+def without_key(run: Trained, streams: MemoryStreams, config: Config) -> dict[str, Any]:
+    """Member against test by how sure the head is of bits: whoever has the model can ask that."""
+    roles, sure = [], []
     model = run.model.eval()
-    for role in sure:
-        for batch in streams.score_batches([Role(role)]):
+    for role in (Role.MEMBER, Role.CALIBRATION, Role.TEST):
+        for batch in streams.score_batches([role]):
             _, code = model.parted(model.membership(batch.images, batch.labels))
             assert code is not None
-            sure[role].append(code.abs().mean(1).double().numpy())
-    member, test = (np.concatenate(each) for each in sure.values())
-    return auc(member, test, confidence=config.evaluation.confidence)
+            n = len(batch.sample_id)
+            sure.append(code[:n].abs().mean(1).double().numpy())
+            roles.append(np.full(n, role.value))
+    role_of, scores = np.concatenate(roles), np.concatenate(sure)
+    return membership_figures(role_of, scores, config.evaluation, of=Role.MEMBER)
 
 
 ROWS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -139,9 +140,16 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "AUC, member vs test, another key": lambda e: (
         e["other_key"]["auc"]["value"] if "other_key" in e else None
     ),
-    "AUC, member vs test, without a key: mean size of the code's logits": lambda e: (
-        e["no_key"]["value"] if "no_key" in e else None
+    "without a key, by the mean size of the code's logits: AUC": lambda e: (
+        e["no_key"]["auc"]["value"] if "no_key" in e else None
     ),
+    "– TPR at 1 % FPR": lambda e: (
+        e["no_key"]["tpr_at_fpr"]["0.01"]["value"] if "no_key" in e else None
+    ),
+    "by the loss: AUC": lambda e: e["loss_threshold"]["member"]["auc"]["value"],
+    "– TPR at 1 % FPR, by the loss": lambda e: e["loss_threshold"]["member"]["tpr_at_fpr"]["0.01"][
+        "value"
+    ],
     "TPR at p ≤ 0.01": lambda e: _at(e, "0.01"),
     "TPR at p ≤ 0.001": lambda e: _at(e, "0.001"),
     "TPR at p ≤ 1e-6": lambda e: _at(e, "1e-06"),
@@ -155,7 +163,6 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
         if "bits" in e["membership"]["member"]
         else None
     ),
-    "loss threshold, AUC, member vs test": lambda e: e["loss_threshold"]["member"]["auc"]["value"],
     "seconds of training": lambda e: e["seconds"],
 }
 
