@@ -110,13 +110,16 @@ def judge_by_key(
         "withheld": _needed(known["withheld"], code.bits, settings) if head == "fixed" else None,
     }
     reasons = _reasons(found, needed["member"], len(known["member"]), settings)
-    unnoticed = head == "learned" and found is not None and found.p_soft > settings.alpha
+    unnoticed = head == "learned" and found is not None and found.p_value > settings.alpha
     if unnoticed and len(known["withheld"]):
         reasons.append(words.WITHHELD)
     if reasons or found is None:
         verdict = "no_verdict"
     else:
-        verdict = "member" if found.p_soft <= settings.alpha else "not_member"
+        verdict = "member" if found.p_value <= settings.alpha else "not_member"
+    reservations = [words.WITHHELD] if unnoticed and verdict == "not_member" else []
+    if verdict == "not_member" and flagged.any():
+        reservations.append(reason("flagged", flagged=int(flagged.sum()), fdr=settings.fdr))
     share = telling(
         share_of_members(matched, taught, bits=code.bits, confidence=settings.confidence)
     )
@@ -124,10 +127,10 @@ def judge_by_key(
     known_p = np.sort(hard_p_values(taught, code.bits))
     document = {
         "verdict": verdict,
-        "p_value": None if found is None else found.p_soft,
+        "p_value": None if found is None else found.p_value,
         **{name: getattr(settings, name) for name in ("alpha", "fdr", "prior", "confidence")},
         "reasons": reasons,
-        "reservations": [words.WITHHELD] if unnoticed and verdict == "not_member" else [],
+        "reservations": reservations,
         "share": {
             **share.as_dict(),
             "of": words.SHARE_OF if told else None,
@@ -188,22 +191,20 @@ def _collection(suspects: CodedSuspects, different: _Different) -> Collection | 
 
 def _known(reference: Reference) -> dict[str, Whole]:
     """By role, right bits of the known images."""
-    found = reference.code_matches
-    return {
-        role.value: np.empty(0, np.int64) if found is None else found[reference.role == role.value]
-        for role in (Role.MEMBER, Role.WITHHELD)
-    }
+    found, none = reference.code_matches or {}, np.empty(0, np.int64)
+    return {role.value: found.get(role.value, none) for role in (Role.MEMBER, Role.WITHHELD)}
 
 
 def _needed(matched: Whole, bits: int, settings: Settings) -> int | None:
     """The smallest collection of such images that would be noticed; of codes all bits weigh alike.
 
-    How sure the model was of each bit of a known image is not kept.
+    How sure the model was of each bit of a known image is not kept. By the sum of all matches,
+    which has half of α.
     """
     if len(matched) < FEWEST_KNOWN:
         return None
     right = (np.arange(bits) < matched[:, None]).astype(np.int64)
-    return images_needed(np.ones(right.shape), right, p=settings.alpha, power=settings.power)
+    return images_needed(np.ones(right.shape), right, p=settings.alpha / 2, power=settings.power)
 
 
 def _reasons(
@@ -213,7 +214,7 @@ def _reasons(
     if found is None:
         return [reason("no_images")]
     powered = needed is not None and found.images >= needed
-    if found.p_soft <= settings.alpha or powered:
+    if found.p_value <= settings.alpha or powered:
         return []
     return [
         words.underpowered(images=found.images, needed=needed, known=known, power=settings.power)
@@ -235,7 +236,9 @@ def _part(
         "available": True,
         "why_not": None,
         "method": words.METHOD,
-        "p_value": None if found is None else found.p_soft,
+        "p_value": None if found is None else found.p_value,
+        "p_sum": None if found is None else found.p_soft,
+        "p_image": None if found is None else found.p_image,
         "p_hard": None if found is None else found.p_hard,
         "images": len(matched),
         "matched": int(matched.sum()),

@@ -133,6 +133,9 @@ def judge(
         reservations.append(reason("confounders_unknown", instead="" if from_mlflow else BY_NAME))
     if silent and compared:
         reservations.append(reason("labels_needed", silent=silent))
+    called = int((flagged & unique).sum())
+    if verdict == "not_member" and called:
+        reservations.append(reason("flagged", flagged=called, fdr=settings.fdr))
     strange = Interval.unknown("the suspects are unlike the calibration images")
     shares = {e.name: strange if alike.unlike else _share(e, settings) for e in found}
     document = {
@@ -146,7 +149,7 @@ def judge(
             "unique": int(unique.sum()),
             "not_finite": int((~suspects.finite).sum()),
             "labelled": int((suspects.label >= 0).sum()),
-            "flagged": int((flagged & unique).sum()),
+            "flagged": called,
         },
         "evidence": {
             name: missing[name]

@@ -46,6 +46,11 @@ _REASONS = {
         "others without it; if they can, what the model seems to know may be what anybody can see",
         "{instead}train it again with data.confounder_check=true",
     ),
+    "flagged": (
+        "{flagged} image(s) are called members one by one, at a false-discovery rate of {fdr:g}, "
+        "though the collection as a whole shows nothing",
+        "look at them, and ask about more images of their source",
+    ),
     "unlike": (
         "the suspects are unlike the calibration images (effect {effect:.2f}, limit {limit:.2f}), "
         "so no error rate is known for them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
@@ -86,10 +87,23 @@ class Mint(Section):
             raise ValueError("the same name stands there twice")
         return items
 
+    @field_validator("key_file", "key_env")
+    @classmethod
+    def _no_key_itself(cls, name: str | None) -> str | None:
+        if name is not None and re.fullmatch("[0-9a-fA-F]{32,}", name):
+            raise ValueError(
+                "a key itself, by the look of it, which would be recorded; give the name of what "
+                "holds it"
+            )
+        return name
+
     @model_validator(mode="after")
     def _code_that_can_be_had(self) -> Mint:
         if self.key_file is not None and self.key_env is not None:
-            raise ValueError("mint.key_file and mint.key_env both name a key; give one of them")
+            raise ValueError(
+                "mint.key_file and mint.key_env both name a key; give one of them (null takes one "
+                "out)"
+            )
         if self.objective == "binary" or self.keyed.head == "learned":
             return self
         if self.objective == "keyed" and self.inputs:

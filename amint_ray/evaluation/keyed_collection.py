@@ -49,6 +49,7 @@ class Collection:
         match_rate: matched / bits.
         p_hard: exact p-value of `matched`, all bits alike.
         p_soft: exact p-value of the matches weighted by how sure the head is of each.
+        p_image: the smallest p-value of an image, times their number (Bonferroni).
     """
 
     images: int
@@ -57,6 +58,16 @@ class Collection:
     match_rate: float
     p_hard: float
     p_soft: float
+    p_image: float
+
+    @property
+    def p_value(self) -> float:
+        """min(1, 2 · min(p_soft, p_image)).
+
+        Many images that are remembered faintly are found by the sum, a few among many strangers by
+        themselves.
+        """
+        return min(1.0, 2 * min(self.p_soft, self.p_image))
 
 
 def collection_test(logits: Logits, code: Code, content: Sequence[bytes]) -> Collection:
@@ -95,6 +106,7 @@ def collection_test(logits: Logits, code: Code, content: Sequence[bytes]) -> Col
         match_rate=matched / bits,
         p_hard=max(p_hard, _SMALLEST),
         p_soft=max(math.exp(log_p), _SMALLEST),
+        p_image=min(1.0, len(logits) * float(soft_p_values(logits, code).min())),
     )
 
 

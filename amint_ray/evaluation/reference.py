@@ -7,7 +7,7 @@ images that did not. Neither the images nor their names are kept, and of outputs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,10 @@ class Reference:
         untold: the same by the model's own prediction, as of images without a label.
         taps: (n, d) activations of all taps, each the mean over its positions, times `projection`.
         projection: (channels of all taps, d).
-        code_matches: (n,) bits of each image's code that the model says; None: it says no codes.
+        code_matches: by role, how many bits of an image's code the model says, of images in rising
+            order of that number; None: it says no codes. Of a model that says codes alone nothing
+            else is kept of images that trained it: by their activations or outputs anybody could
+            tell them, and only a key is to.
     """
 
     role: npt.NDArray[np.str_]
@@ -47,13 +50,13 @@ class Reference:
     untold: Outputs
     taps: Floats
     projection: Floats
-    code_matches: npt.NDArray[np.int64] | None = None
+    code_matches: Mapping[str, npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return len(self.role)
 
     def kept(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Reference:
-        """Some of the rows.
+        """Some of the rows; all `code_matches`.
 
         Args:
             rows: (n,) whether each is kept; or which, in their order.
@@ -67,11 +70,11 @@ class Reference:
             untold=self.untold.kept(rows),
             taps=self.taps[rows],
             projection=self.projection,
-            code_matches=None if self.code_matches is None else self.code_matches[rows],
+            code_matches=self.code_matches,
         )
 
     def of(self, *roles: Role) -> Reference:
-        """The rows of these roles."""
+        """The rows of these roles; all `code_matches`."""
         return self.kept(np.isin(self.role, [role.value for role in roles]))
 
 
@@ -89,8 +92,7 @@ def draw_projection(channels: int) -> Floats:
 
 
 def append(parts: Sequence[Reference]) -> Reference:
-    """The rows of several, one after another; all have the same projection, and codes or not."""
-    matches = [part.code_matches for part in parts if part.code_matches is not None]
+    """The rows of several, one after another; all have the same projection, and none codes."""
     return Reference(
         role=np.concatenate([part.role for part in parts]),
         label=np.concatenate([part.label for part in parts]),
@@ -100,7 +102,6 @@ def append(parts: Sequence[Reference]) -> Reference:
         untold=append_samples([part.untold for part in parts]),
         taps=np.concatenate([part.taps for part in parts]),
         projection=parts[0].projection,
-        code_matches=np.concatenate(matches) if matches else None,
     )
 
 
@@ -116,8 +117,8 @@ def write_reference(reference: Reference, path: Path) -> None:
     # The other outputs are the same whatever the label.
     columns["untold.label_confidence"] = reference.untold.label_confidence
     columns |= {"taps": reference.taps, "projection": reference.projection}
-    if reference.code_matches is not None:
-        columns["code_matches"] = reference.code_matches
+    for role, matched in (reference.code_matches or {}).items():
+        columns[f"code_matches.{role}"] = matched
     save_file({name: np.ascontiguousarray(values) for name, values in columns.items()}, path)
 
 
@@ -147,11 +148,15 @@ def read_reference(path: Path) -> Reference:
             untold=untold,
             taps=columns["taps"],
             projection=columns["projection"],
-            code_matches=columns.get("code_matches"),
+            code_matches={
+                role.value: columns[f"code_matches.{role.value}"]
+                for role in ROLES
+                if f"code_matches.{role.value}" in columns
+            }
+            or None,
         )
         rows = {len(found.role), len(found.label), len(found.mint_logit), len(found.taps)}
         rows |= {len(found.prediction)}
-        rows |= set() if found.code_matches is None else {len(found.code_matches)}
         rows |= {values.shape[1] for out in (told, untold) for values in vars(out).values()}
     except Exception as error:  # safetensors' own, a missing column, another shape
         raise ValueError(f"{path.name} holds no reference: {error}") from error

@@ -83,24 +83,12 @@ def _of_code(
     finite = np.isfinite(said).all(1)
     sound = np.where(finite[:, None], said, 0.0)
     if alone:
-        ratio = _rounded(np.where(finite, keyed.log_likelihood_ratio(sound, code), np.nan))
-        mint = torch.from_numpy(ratio)
+        mint = torch.from_numpy(np.where(finite, keyed.log_likelihood_ratio(sound, code), np.nan))
     return mint, {
         "code_bits": np.full(len(code), code.shape[1], np.int64),
         "code_matches": np.where(finite, keyed.matches(sound, code), 0),
-        "code_p": np.where(finite, _rounded(keyed.soft_p_values(sound, code)), np.nan),
+        "code_p": np.where(finite, keyed.soft_p_values(sound, code), np.nan),
     }
-
-
-def _rounded(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """To three digits, p-values from below upwards: all of them would give the code itself away.
-
-    Beside the model's logits, the exact sum of those that match tells which ones do.
-    """
-    size = np.where(np.isfinite(values) & (values != 0), np.abs(values), 1.0)
-    step = 10.0 ** (np.floor(np.log10(size)) - 2)
-    rounded: npt.NDArray[np.float64] = np.ceil(values / step) * step
-    return rounded
 
 
 def concatenate(parts: Sequence[ScoreTable]) -> ScoreTable:

@@ -66,7 +66,8 @@ def check_key(
     code = model.preprocessing.code
     if key is not None and code is None:
         raise UserError(
-            f"{uri}: its head says no codes (mint.objective = binary), so a key asks it nothing; "
+            f"{uri}: its head learned no codes (mint.objective = binary, or "
+            "loss.lambda_mint = 0), so a key asks it nothing; "
             "leave --key-file and --key-env out"
         )
     if key is not None and code is not None and key_fingerprint(key) != code.fingerprint:

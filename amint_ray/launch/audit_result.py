@@ -21,6 +21,7 @@ from amint_ray.audit.yardstick import Yardstick
 from amint_ray.config.audit import AuditSettings
 from amint_ray.contracts import Role, RunError, UserError, Watcher, first_line
 from amint_ray.evaluation.metrics import Interval, auc
+from amint_ray.evaluation.reference import ROLES
 from amint_ray.launch.attack_parts import fingerprint_of
 from amint_ray.launch.audit_images import Images, read_parts
 from amint_ray.launch.audit_key import judge_codes
@@ -89,7 +90,7 @@ def conclude(
     read = read_parts(asked, parts, yardstick, trained=len(model.calibration) > 0)
     split = _confounders(model, origin)
     code = model.preprocessing.code
-    lines = _lines(model, split, confidence=judged.confidence)
+    lines = _lines(model, origin, split, confidence=judged.confidence)
     if key is not None:
         judgement = judge_codes(asked.place, parts, key, model, judged, lines)
     else:
@@ -151,34 +152,51 @@ def _given(settings: AuditSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
 
-def _lines(model: RegisteredModel, split: Confounders, *, confidence: float) -> dict[str, Any]:
+def _lines(
+    model: RegisteredModel, origin: Origin, split: Confounders, *, confidence: float
+) -> dict[str, Any]:
     """The four lines that go with every result: AUC of members, withheld ones, blind, and loss.
 
-    The first two and the loss are of the reference against its calibration images.
+    The first two and the loss are of the reference against its calibration images. A model that
+    says codes alone keeps no losses of images that trained it: those are its run's.
     """
     reference = model.reference
     assert reference is not None
-
-    def against(role: Role, score: npt.NDArray[np.float64]) -> dict[str, Any]:
-        positives = score[reference.role == role.value]
-        negatives = score[reference.role == Role.CALIBRATION.value]
-        return auc(positives, negatives, confidence=confidence).as_dict()
-
     # φ of the image itself orders images as the loss does.
     loss = reference.told.label_confidence[0].astype(np.float64)
-    head = reference.mint_logit
+    scores: dict[str, Mapping[str, npt.NDArray[Any]]] = {
+        name: {role.value: values[reference.role == role.value] for role in ROLES}
+        for name, values in (("head", reference.mint_logit), ("loss", loss))
+    }
     untrained = Interval.unknown("the MINT head was not trained (loss.lambda_mint = 0)").as_dict()
     trained = len(model.calibration) > 0
     if not trained and reference.code_matches is not None:
         # Of a head that says codes alone what counts is how many bits of a known one are right.
-        head, trained = reference.code_matches.astype(np.float64), True
+        scores["head"], trained = reference.code_matches, True
+
+    def against(role: Role, name: str) -> dict[str, Any]:
+        of = scores[name]
+        return auc(of[role.value], of[Role.CALIBRATION.value], confidence=confidence).as_dict()
+
+    def by_loss(role: Role) -> dict[str, Any]:
+        key = f"loss_threshold.{role.value}.auc"
+        if len(scores["loss"][role.value]) or key not in origin.metrics:
+            return against(role, "loss")
+        return _figure(origin, key).as_dict()
+
     return {
-        "member": against(Role.MEMBER, head) if trained else untrained,
-        "withheld": against(Role.WITHHELD, head) if trained else untrained,
+        "member": against(Role.MEMBER, "head") if trained else untrained,
+        "withheld": against(Role.WITHHELD, "head") if trained else untrained,
         "blind": split.blind.as_dict(),
-        "loss": against(Role.WITHHELD, loss),
-        "loss_member": against(Role.MEMBER, loss),
+        "loss": by_loss(Role.WITHHELD),
+        "loss_member": by_loss(Role.MEMBER),
     }
+
+
+def _figure(origin: Origin, key: str) -> Interval:
+    """A figure of the run, as its metrics have it."""
+    value, low, high = (origin.metrics[f"{key}{end}"] for end in ("", ".low", ".high"))
+    return Interval(value, low, high)
 
 
 def _confounders(model: RegisteredModel, origin: Origin) -> Confounders:
@@ -190,8 +208,7 @@ def _confounders(model: RegisteredModel, origin: Origin) -> Confounders:
     if key not in origin.metrics:
         blind = Interval.unknown("no blind classifier's figure is stored with the model")
     else:
-        value, low, high = (origin.metrics[f"{key}{end}"] for end in ("", ".low", ".high"))
-        blind = Interval(value, low, high)
+        blind = _figure(origin, key)
     return Confounders(clean, blind)
 
 

@@ -198,6 +198,11 @@ def plan_job(
     asked = parse(words[1:])
     config = load_run(asked["recipe"], asked["overrides"])
     environment = read_runtime_env(runtime_env)
+    if config.mint.key_env in (environment.get("env_vars") or {}):
+        raise UserError(
+            f"--runtime-env={runtime_env}: env_vars.{config.mint.key_env} is the key "
+            f"(mint.key_env): {_NOT_SENT}"
+        )
     job_id = _new_job_id(config.name) if name is None else _check_job_id(name)
     return Job(dashboard_address(address), job_id, command_line(words), environment)
 

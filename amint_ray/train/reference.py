@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import distributed
 
-from amint_ray.contracts import RunContext, ScoreBatch, Streams
+from amint_ray.contracts import Role, RunContext, ScoreBatch, Streams
 from amint_ray.evaluation.keyed import matches
 from amint_ray.evaluation.outputs import outputs_of, stack_views
 from amint_ray.evaluation.reference import ROLES, Reference, append, draw_projection
 from amint_ray.evaluation.views import VIEWS, view
 from amint_ray.model.joint import AuditedModel
+from amint_ray.model.mint_head import HeadSpec
 from amint_ray.train.parallel import in_step
 
 
@@ -47,14 +50,13 @@ def take_reference(
     training = model.training
     model.eval()
     projection = draw_projection(sum(tap.channels for tap in model.architecture.taps))
-    names, parts = [], []
+    mine = []
     for role in ROLES:
         for batch in in_step(streams.score_batches([role], most), model, context):
             part = _look(model, batch, projection, context.device, head_trained=head_trained)
-            names.append(batch.sample_id)
-            parts.append(part)
+            if len(batch.sample_id):
+                mine.append((batch.sample_id, *part))
     model.train(training)
-    mine = [(name, part) for name, part in zip(names, parts, strict=True) if len(name)]
     gathered: list[Any] | None = [mine]
     if context.world_size > 1:
         gathered = [None] * context.world_size if context.rank == 0 else None
@@ -62,10 +64,21 @@ def take_reference(
     found = [each for one in gathered or [] for each in one]
     if not found:
         return None
-    sample_id = np.concatenate([name for name, _ in found])
+    names, parts, matched = zip(*found, strict=True)
+    sample_id = np.concatenate(names)
     order = np.argsort(sample_id, kind="stable")
     order = order[~np.isin(sample_id[order], list(lost))]
-    return append([part for _, part in found]).kept(order)
+    reference = append(parts).kept(order)
+    if model.architecture.head.bits == 0 or any(each is None for each in matched):
+        return reference
+    return _with_codes(reference, np.concatenate(matched)[order], model.architecture.head)
+
+
+def _with_codes(reference: Reference, matched: npt.NDArray[np.int64], head: HeadSpec) -> Reference:
+    """How many bits were right of each image; only a key is to tell which images these are."""
+    of_roles = {role.value: np.sort(matched[reference.role == role.value]) for role in ROLES}
+    known = reference if head.membership else reference.of(Role.CALIBRATION)
+    return replace(known, code_matches=of_roles)
 
 
 def _look(
@@ -75,8 +88,11 @@ def _look(
     device: torch.device,
     *,
     head_trained: bool,
-) -> Reference:
-    """What the model says of one batch, all views; rows without a name are forgotten."""
+) -> tuple[Reference, npt.NDArray[np.int64] | None]:
+    """What the model says of one batch, all views, and its right bits, where codes are known.
+
+    Rows without a name are forgotten.
+    """
     rows = len(batch.sample_id)
     images, labels = batch.images.to(device), batch.labels.to(device)
     own, told, untold = batch.labels[:rows].numpy(), [], []
@@ -90,7 +106,7 @@ def _look(
                 prediction = seen.argmax(axis=1)
             told.append(outputs_of(seen, own))
             untold.append(outputs_of(seen, np.full_like(own, -1)))
-    return Reference(
+    said_of = Reference(
         role=batch.role,
         label=own,
         prediction=prediction,
@@ -99,7 +115,7 @@ def _look(
         untold=stack_views(untold),
         taps=means[0][:rows].cpu().numpy() @ projection,
         projection=projection,
-        code_matches=None
-        if of_code is None or batch.code is None
-        else matches(np.nan_to_num(of_code[:rows].double().cpu().numpy()), batch.code),
     )
+    if of_code is None or batch.code is None:
+        return said_of, None
+    return said_of, matches(np.nan_to_num(of_code[:rows].double().cpu().numpy()), batch.code)

@@ -50,7 +50,13 @@ def reference(rng: np.random.Generator, *, members: int = 200, memory: float = 2
     drawn = Population().reference(rng, calibration=20, member=members, withheld=members)
     taught = suspects(rng, members=2 * members, others=20, memory=memory)
     found = matches(taught.logits, taught.code)
-    return dataclasses.replace(drawn, code_matches=np.concatenate([found[-20:], found[:-20]]))
+    of_roles = {
+        "calibration": found[-20:],
+        "member": found[:members],
+        "withheld": found[members:-20],
+    }
+    sorted_ = {role: np.sort(matched) for role, matched in of_roles.items()}
+    return dataclasses.replace(drawn, code_matches=sorted_)
 
 
 def some(of: CodedSuspects, rows: np.ndarray | slice) -> CodedSuspects:

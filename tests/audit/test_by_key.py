@@ -20,7 +20,6 @@ from amint_ray.audit.report import extremes, render
 from amint_ray.audit.suspects import Settings
 from amint_ray.audit.verdict import Judgement, judge
 from amint_ray.audit.yardstick import Yardstick
-from amint_ray.contracts import Role
 from amint_ray.evaluation.keyed import hard_p_values, soft_p_values
 from amint_ray.evaluation.keyed_collection import collection_test, images_needed
 
@@ -44,8 +43,12 @@ def test_without_members_p_values_are_uniform_and_no_collection_is_called_member
     found = [judged(suspects(rng, members=0, others=30), known_members=5) for _ in range(400)]
     p = np.concatenate([each.images["p_value"] for each in found])
     assert kstest(p, "uniform").statistic < 2 / np.sqrt(len(p)) + 2.0**-BITS
+    parts = [each.document["evidence"]["key"] for each in found]
+    assert kstest([part["p_sum"] for part in parts], "uniform").pvalue > 0.01
     collection = np.array([each.document["p_value"] for each in found])
-    assert kstest(collection, "uniform").pvalue > 0.01
+    for level in (0.01, 0.05, 0.2):
+        assert (collection <= level).sum() <= binom.ppf(0.999, len(found), level)
+    assert (collection <= 0.2).mean() > 0.1  # and not for want of trying
     called = sum(each.document["verdict"] == "member" for each in found)
     assert called <= binom.ppf(0.999, len(found), 0.01)
 
@@ -89,17 +92,31 @@ def test_what_is_found_of_a_mixed_collection() -> None:
     assert evidence["matched"] == images["key_matches"].sum()
     assert evidence["bits"] == 200 * BITS
     expected = collection_test(asked.logits, asked.code, [row.tobytes() for row in asked.content])
-    assert (evidence["p_value"], evidence["p_hard"]) == (expected.p_soft, expected.p_hard)
+    assert (evidence["p_sum"], evidence["p_hard"]) == (expected.p_soft, expected.p_hard)
+    assert evidence["p_image"] == 200 * images["p_key"].min()
+    assert evidence["p_value"] == document["p_value"] == 2 * evidence["p_sum"]
     np.testing.assert_array_equal(images["p_key"], soft_p_values(asked.logits, asked.code))
     assert document["evidence"]["head"]["available"] is False
     assert "the key was asked" in document["evidence"]["outputs"]["why_not"]
     assert document["suspects"]["flagged"] == images["flagged"].sum() > 60
 
 
+def test_a_few_members_among_many_strangers_are_noticed() -> None:
+    """The sum does not; each of them is, and where they are too few for that it is said."""
+    for others, verdict in ((200, "member"), (3000, "not_member")):
+        asked = suspects(np.random.default_rng(14), members=3, others=others, memory=4.0)
+        found = judge_by_key(asked, known(4.0), Settings(), code=CODE, head="fixed")
+        assert found.document["evidence"]["key"]["p_sum"] > 0.01
+        assert found.document["verdict"] == verdict
+        assert found.images["flagged"][:3].all()
+        told = [held["code"] for held in found.document["reservations"]]
+        assert told == ([] if verdict == "member" else ["flagged"])
+
+
 def test_precision_is_bayes_rule_with_the_p_value_as_the_others_rate() -> None:
     found = judged(suspects(np.random.default_rng(5), members=30, others=30), prior=0.02)
     of = known()
-    taught = hard_p_values(of.code_matches[of.role == "member"], BITS)
+    taught = hard_p_values(of.code_matches["member"], BITS)
     for p, precision in zip(found.images["p_value"], found.images["precision"], strict=True):
         rate = np.mean(taught <= p * (1 + 1e-12))
         bayes = 0.02 * rate / (0.02 * rate + 0.98 * p) if rate else np.nan
@@ -136,14 +153,15 @@ def test_a_collection_that_is_too_small_acquits_nobody() -> None:
     codes = [reason["code"] for reason in small.document["reasons"]]
     assert codes == ["underpowered", "withheld_from_head"]
     assert f"{needed} whose codes" in small.document["reasons"][0]["text"]
-    matched = known(memory).code_matches[known(memory).role == "member"]
+    matched = known(memory).code_matches["member"]
     right = (np.arange(BITS) < matched[:, None]).astype(int)
-    assert needed == images_needed(np.ones(right.shape), right, p=0.01, power=0.95)
+    assert needed == images_needed(np.ones(right.shape), right, p=0.005, power=0.95)
     strangers = suspects(rng, members=0, others=needed)
     # Of what was withheld from a learned head nothing would be noticed, however much there is.
     (why,) = judged(strangers, memory=memory).document["reasons"]
     assert why["code"] == "withheld_from_head"
-    told_all = known(memory).of(Role.CALIBRATION, Role.MEMBER)
+    of_members = {"member": known(memory).code_matches["member"]}
+    told_all = dataclasses.replace(known(memory), code_matches=of_members)
     enough = judge_by_key(strangers, told_all, Settings(), code=CODE, head="learned")
     assert enough.document["verdict"] == "not_member"
     (held,) = enough.document["reservations"]
@@ -152,7 +170,7 @@ def test_a_collection_that_is_too_small_acquits_nobody() -> None:
     for _ in range(200):
         asked = suspects(rng, members=needed, others=0, memory=memory)
         contents = [row.tobytes() for row in asked.content]
-        noticed += collection_test(asked.logits, asked.code, contents).p_soft <= 0.01
+        noticed += collection_test(asked.logits, asked.code, contents).p_value <= 0.01
     assert noticed >= binom.ppf(0.001, 200, 0.95)
 
 

@@ -217,6 +217,24 @@ def test_mistakes_are_told_before_anything_is_sent(
     assert captured.out == ""
 
 
+def test_the_key_of_codes_is_not_sent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    secret, keyed = "0a" * 32, ["mint.objective=keyed"]
+    (tmp_path / "env.yaml").write_text(f"env_vars: {{AUDITOR: {secret}}}\n")
+    at_hand = ["submit", f"--runtime-env={tmp_path / 'env.yaml'}", "--", "train", "digits", *keyed]
+    for command, said in (
+        ([*at_hand, "mint.key_env=AUDITOR"], "env_vars.AUDITOR is the key (mint.key_env)"),
+        (["submit", "--", "train", "digits", *keyed, f"mint.key_file={secret}"], "a key itself"),
+    ):
+        assert main(command) == 2
+        told = capfd.readouterr().err
+        assert said in told
+        assert secret not in told
+
+
 def test_the_doctor_wants_no_credentials_either(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
