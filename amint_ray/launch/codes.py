@@ -17,6 +17,9 @@ from amint_ray.data.keys import (
 from amint_ray.data.loading import Codes
 from amint_ray.launch.dataset import Dataset
 
+_CHECKED: dict[str, bytes] = {}
+"""Keys by their fingerprints: a run has the one that was checked, whatever becomes of its file."""
+
 
 def with_key(config: Config) -> Config:
     """The configuration with its key's fingerprint in it, where it asks for codes.
@@ -26,15 +29,17 @@ def with_key(config: Config) -> Config:
     """
     if not config.wants_codes:
         return config
-    found, wanted = key_fingerprint(_key(config)), config.mint.keyed.fingerprint
+    mint = config.mint
+    key, wanted = take_key(key_file=mint.key_file, key_env=mint.key_env), mint.keyed.fingerprint
+    found = key_fingerprint(key)
     if wanted is not None and wanted != found:
         raise UserError(
             f"{_where(config)}: its fingerprint is {found[:16]}…, mint.keyed.fingerprint wants "
             f"{wanted[:16]}…; bring the key that belongs to it"
         )
-    keyed = config.mint.keyed.model_copy(update={"fingerprint": found})
-    mint = config.mint.model_copy(update={"keyed": keyed})
-    return config.model_copy(update={"mint": mint})
+    _CHECKED[found] = key
+    keyed = mint.keyed.model_copy(update={"fingerprint": found})
+    return config.model_copy(update={"mint": mint.model_copy(update={"keyed": keyed})})
 
 
 def codes_of(config: Config, dataset: Dataset) -> Codes | None:
@@ -42,11 +47,14 @@ def codes_of(config: Config, dataset: Dataset) -> Codes | None:
 
     None where codes are not asked for.
 
-    Raises:
-        UserError: the key cannot be had.
+    Args:
+        config: with its key, as `with_key` gave it in this process.
+        dataset: the images.
     """
     if not config.wants_codes:
         return None
+    assert config.mint.keyed.fingerprint is not None
+    key = _CHECKED[config.mint.keyed.fingerprint]
     index = dataset.index
     if config.mint.keyed.code_from == "perceptual":
         assert index.perceptual is not None
@@ -56,7 +64,7 @@ def codes_of(config: Config, dataset: Dataset) -> Codes | None:
     else:
         assert index.scored is not None
         contents = index.scored
-    return codes(_key(config), contents, MOST_BITS)
+    return codes(key, contents, MOST_BITS)
 
 
 _TAKEN: dict[str, bytes] = {}
@@ -80,10 +88,6 @@ def take_key(*, key_file: str | None, key_env: str | None) -> bytes:
         del os.environ[key_env]
         _TAKEN[key_env] = key
     return key
-
-
-def _key(config: Config) -> bytes:
-    return take_key(key_file=config.mint.key_file, key_env=config.mint.key_env)
 
 
 def _where(config: Config) -> str:

@@ -82,7 +82,7 @@ def test_images_that_are_marked_are_members_but_for_a_share() -> None:
 
 def test_what_is_found_of_a_mixed_collection() -> None:
     asked = suspects(np.random.default_rng(4), members=120, others=80)
-    found = judged(asked)
+    found = judged(dataclasses.replace(asked, label=np.arange(200) % 4 - 1))
     document, images = found.document, found.images
     assert document["verdict"] == "member"
     share = document["share"]
@@ -98,6 +98,7 @@ def test_what_is_found_of_a_mixed_collection() -> None:
     np.testing.assert_array_equal(images["p_key"], soft_p_values(asked.logits, asked.code))
     assert document["evidence"]["head"]["available"] is False
     assert "the key was asked" in document["evidence"]["outputs"]["why_not"]
+    assert document["suspects"]["labelled"] == 150
     assert document["suspects"]["flagged"] == images["flagged"].sum() > 60
 
 
@@ -182,6 +183,17 @@ def test_a_fixed_head_marks_what_was_withheld_too() -> None:
     assert "withheld from the head" not in found.document["evidence"]["key"]["cannot_show"]
     assert found.document["verdict"] == "not_member"
     assert found.document["reservations"] == []
+    # Withheld images that are remembered less make known ones fewer bits right, and shares larger.
+    rng = np.random.default_rng(16)
+    told = suspects(rng, members=100, others=100, memory=1.0)
+    less = {**known(1.0).code_matches, "withheld": known(0.3).code_matches["withheld"]}
+    of = dataclasses.replace(known(1.0), code_matches=less)
+    fixed, learned = (
+        judge_by_key(told, of, Settings(), code=CODE, head=head).document["share"]["value"]
+        for head in ("fixed", "learned")
+    )
+    assert learned == pytest.approx(0.5, abs=0.1)
+    assert fixed > learned + 0.1
 
 
 def test_nothing_is_said_where_nothing_could_be_asked() -> None:

@@ -196,7 +196,7 @@ def test_a_key_that_is_named_badly_is_told(given: dict[str, str], words: str) ->
 def test_a_model_without_codes_takes_no_key(keyed: Keyed) -> None:
     model = amint_ray.load(str(keyed.audited.model))
     model.preprocessing = dataclasses.replace(model.preprocessing, code=None)
-    with pytest.raises(UserError, match="its head says no codes") as told:
+    with pytest.raises(UserError, match="its head learned no codes") as told:
         check_key(KEY, model, AuditSettings(), Silent(), uri="it")
     assert "leave --key-file and --key-env out" in str(told.value)
 
