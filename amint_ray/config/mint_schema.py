@@ -59,9 +59,9 @@ class Mint(Section):
     """Features a position is projected to (`attention`); filters of each convolution (`conv`)."""
     queries: Annotated[int, Field(ge=1, le=256)] = 8
     """Learned queries a tap (`attention`)."""
-    hidden: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Width of the fully connected layer behind the joined taps (all but `tokens`); null: 128, and
-    512 where it is to recall codes, of which it keeps more the wider it is (docs/benchmarks.md)."""
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 128
+    """Width of the fully connected layer behind the joined taps (all but `tokens`). A wider one
+    recalls more of each code, and tells more to who has no key as well (docs/benchmarks.md)."""
     pool: Annotated[int, Field(ge=1)] | None = 4
     """Larger maps are averaged to this many positions a side first (all but `tokens`; `mlp` and
     `conv` do so with a square of tokens, too); null: never, as in the paper, which on large maps

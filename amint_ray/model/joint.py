@@ -94,10 +94,6 @@ def plan_architecture(config: Config, num_classes: int) -> Architecture:
     )
 
 
-_RECALLING = 512
-"""Width of a head that learns codes (docs/benchmarks.md)."""
-
-
 def head_spec(mint: Mint, *, coded: bool) -> HeadSpec:
     """The head that a configuration asks for.
 
@@ -105,10 +101,8 @@ def head_spec(mint: Mint, *, coded: bool) -> HeadSpec:
         mint: its section.
         coded: whether codes are trained; a head that is not trained is the plain one.
     """
-    recalls = coded and mint.keyed.head == "learned"
-    hidden = mint.hidden or (_RECALLING if recalls else HeadSpec.hidden)
     return HeadSpec(
-        *(mint.head, mint.channels, mint.queries, hidden, mint.pool, mint.inputs),
+        *(mint.head, mint.channels, mint.queries, mint.hidden, mint.pool, mint.inputs),
         membership=mint.objective != "keyed" or not coded,
         bits=mint.keyed.bits if coded else 0,
         code=mint.keyed.head,

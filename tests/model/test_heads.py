@@ -275,22 +275,3 @@ def test_a_configurations_head_is_the_one_that_is_planned() -> None:
 
 def test_defaults_of_the_configuration_are_the_heads_own() -> None:
     assert head_spec(Mint(), coded=False) == HeadSpec()
-
-
-@pytest.mark.parametrize(
-    ("objective", "place", "hidden", "expected"),
-    [
-        ("keyed", "learned", None, 512),
-        ("both", "learned", None, 512),
-        ("both", "fixed", None, 128),
-        ("binary", "learned", None, 128),
-        ("keyed", "learned", 30, 30),
-        ("binary", "learned", 30, 30),
-    ],
-)
-def test_a_head_that_recalls_codes_is_wider_unless_told_otherwise(
-    objective: str, place: str, hidden: int | None, expected: int
-) -> None:
-    told = {"objective": objective, "keyed": {"head": place}, "hidden": hidden}
-    mint = Mint.model_validate(told)
-    assert head_spec(mint, coded=mint.coded).hidden == expected
