@@ -20,7 +20,7 @@ _VERDICTS = {
     "no_verdict": "[bold]no verdict[/]",
 }
 _LINES = {
-    "member": "MINT head, members against calibration",
+    "member": "MINT head (codes: their right bits), members against calibration",
     "withheld": "MINT head, training images it was not told of",
     "blind": "blind classifier, members against test",
     "loss": "loss, training images the head was not told of",

@@ -117,7 +117,7 @@ def judge_by_key(
         verdict = "no_verdict"
     else:
         verdict = "member" if found.p_value <= settings.alpha else "not_member"
-    reservations = [words.WITHHELD] if unnoticed and verdict == "not_member" else []
+    reservations = [words.NEVER_TAUGHT] if unnoticed and verdict == "not_member" else []
     if verdict == "not_member" and flagged.any():
         reservations.append(reason("flagged", flagged=int(flagged.sum()), fdr=settings.fdr))
     share = telling(

@@ -23,7 +23,7 @@ CANNOT_SHOW = {
     ),
 }
 
-KEY_NEEDED = "the head says secret codes alone, which tell nothing without their key"
+KEY_NEEDED = "the head says secret codes alone, which give no p-value without their key"
 
 _REASONS = {
     "no_images": (

@@ -22,14 +22,23 @@ WITHHELD = {
         "trained with mint.keyed.head=fixed, or with nothing withheld, can be asked for more"
     ),
 }
-"""Why a learned head cannot acquit where images were withheld from it, as every result shows; and
-what is to be held against `not_member` where none was."""
+"""Why a learned head cannot acquit where images were withheld from it, as every result shows."""
+NEVER_TAUGHT = {
+    **WITHHELD,
+    "help": (
+        "look at the model's outputs as well, by an audit without the key; a model that was "
+        "trained with mint.keyed.head=fixed can be asked for more"
+    ),
+}
+"""What is to be held against `not_member` where none is known to have been."""
 _NO_TRACE = "that images were not used: one whose code the model did not keep looks like any other"
 _LEARNED = (
     "training images that were withheld from the head, which was not taught their codes, look like "
     "any other"
 )
-_OF_CONTENT = "an image whose pixels were changed has another code"
+_OF_CONTENT = (
+    "an image that was changed, so that the pixels that the model is shown differ, has another code"
+)
 _OF_LOOKS = "near-duplicates share a code, and one of them may stand for the other"
 
 

@@ -199,4 +199,4 @@ def _shown(name: str) -> str:
 
 
 def _looks_like_key(name: str) -> bool:
-    return len(name) >= 2 * FEWEST_KEY_BYTES and _HEX.fullmatch(name) is not None
+    return re.fullmatch(f"[0-9a-fA-F]{{{2 * FEWEST_KEY_BYTES},}}", name) is not None

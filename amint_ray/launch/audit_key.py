@@ -77,7 +77,7 @@ def check_key(
             f"{key_fingerprint(key)[:_SHOWN]}; bring the key that belongs to it"
         )
     if key is None and code is not None and not code.membership:
-        silent = f"{uri}: its head says secret codes alone, which tell nothing without their key"
+        silent = f"{uri}: its head says secret codes alone, which give no p-value without their key"
         if settings.evidence == "head":
             raise UserError(
                 f"{silent}; give --key-file, or leave audit.evidence=head out: then its outputs "

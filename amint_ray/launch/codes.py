@@ -34,8 +34,8 @@ def with_key(config: Config) -> Config:
     found = key_fingerprint(key)
     if wanted is not None and wanted != found:
         raise UserError(
-            f"{_where(config)}: its fingerprint is {found[:16]}…, mint.keyed.fingerprint wants "
-            f"{wanted[:16]}…; bring the key that belongs to it"
+            f"{_where(config)}: its fingerprint is {found[:16]}…, which is not the one that "
+            "mint.keyed.fingerprint wants; bring the key that belongs to it"
         )
     _CHECKED[found] = key
     keyed = mint.keyed.model_copy(update={"fingerprint": found})
