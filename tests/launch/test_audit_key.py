@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,13 +21,14 @@ from launch.silent import Silent
 from PIL import Image
 
 import amint_ray
+from amint_ray.audit.suspects import Settings
 from amint_ray.cli import main
 from amint_ray.config.audit import AuditSettings
 from amint_ray.contracts import Role, UserError
 from amint_ray.data.images import perceptual_hash
 from amint_ray.data.keys import codes, image_content, key_fingerprint, perceptual_content, write_key
 from amint_ray.evaluation.keyed import matches, soft_p_values
-from amint_ray.launch.audit_key import check_key, given_key
+from amint_ray.launch.audit_key import check_key, given_key, judge_codes
 from amint_ray.launch.audit_run import _plan, _preprocessing, run_audit
 from amint_ray.launch.audit_suspects import find_suspects
 from amint_ray.launch.audit_worker import CODE_CONTENT, Asked, Examiner
@@ -107,7 +109,7 @@ def test_members_are_told_by_the_key_which_is_kept_nowhere(keyed: Keyed, tmp_pat
 
 def test_one_look_without_a_key_serves_with_and_without_one(keyed: Keyed, tmp_path: Path) -> None:
     suspects = keyed.audited.suspects(tmp_path / "s", Role.TEST)
-    look(keyed.audited.model, suspects, tmp_path / "a")
+    asked = look(keyed.audited.model, suspects, tmp_path / "a")
     found = keyed.run(suspects, tmp_path / "a", key_file=str(keyed.key_file))
     assert not ray.is_initialized()
     assert found["verdict"] != "member"
@@ -122,11 +124,41 @@ def test_one_look_without_a_key_serves_with_and_without_one(keyed: Keyed, tmp_pa
     p = [image["p_value"] for image in found["images"]]
     # A logit of another batch may lie on the other side of a step of the grid.
     np.testing.assert_allclose(p, soft_p_values(logits, code), rtol=0.2)
+    assert found["evidence"]["key"]["head"] == "learned"
+    # What says the codes decides who could have been left out, and so what nothing found means.
+    fixed = amint_ray.load(str(keyed.audited.model))
+    spec = dataclasses.replace(fixed.model.architecture.head, code="fixed")
+    fixed.model.architecture = dataclasses.replace(fixed.model.architecture, head=spec)
+    parts = [file.stem for file in Path(asked.place.path).glob("part-*.npz")]
+    judged = judge_codes(asked.place, parts, KEY, fixed, Settings(), {}).document
+    assert judged["evidence"]["key"]["head"] == "fixed"
+    assert "withheld_from_head" not in {reason["code"] for reason in judged["reasons"]}
     silent = keyed.run(suspects, tmp_path / "a")
     assert not ray.is_initialized()
     assert "without their key" in silent["evidence"]["head"]["why_not"]
     assert silent["evidence"]["outputs"]["available"] is True
     assert {image["p_key"] for image in silent["images"]} == {None}
+
+
+def test_a_model_of_codes_alone_says_no_membership_and_keeps_nothing_of_its_members(
+    keyed: Keyed,
+) -> None:
+    """Whoever has the model could tell them by their activations or outputs."""
+    model = amint_ray.load(str(keyed.audited.model))
+    images = keyed.audited.images[:8]
+    answer = model(images)
+    assert torch.isnan(answer.membership_scores).all()
+    with pytest.raises(UserError, match="says codes alone"):
+        model.p_values(answer.membership_scores)
+    served = mlflow.pyfunc.load_model(str(keyed.audited.model)).predict(images)
+    assert set(served) == {"class_probabilities", "code_logits"}
+    kept, roles = model.reference, keyed.audited.manifest.role
+    assert kept is not None and kept.code_matches is not None
+    assert set(kept.role.tolist()) == {"calibration"}
+    assert {role: len(matched) for role, matched in kept.code_matches.items()} == {
+        role: int((roles == role).sum()) for role in ("calibration", "member", "withheld")
+    }
+    assert all((np.diff(matched) >= 0).all() for matched in kept.code_matches.values())
 
 
 def test_without_its_key_the_head_is_not_asked(keyed: Keyed, tmp_path: Path) -> None:

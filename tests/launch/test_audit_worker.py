@@ -21,7 +21,7 @@ from amint_ray.data.parquet import ParquetSource
 from amint_ray.evaluation.reference import draw_projection
 from amint_ray.launch.attack_parts import read_arrays
 from amint_ray.launch.audit_suspects import find_suspects
-from amint_ray.launch.audit_worker import Asked, Examiner
+from amint_ray.launch.audit_worker import CODE_LOGITS, Asked, Examiner
 from amint_ray.model.joint import AuditedModel, plan_architecture
 from amint_ray.storage import locate
 
@@ -57,6 +57,7 @@ def look(folder: Path, suspects: Path, *overrides: str, **settings: Any) -> dict
         batch_size=16,
         projection=draw_projection(means[0].shape[1]),
         needs_labels="loss" in architecture.head.inputs,
+        code_from="content" if architecture.head.bits else None,
         place=locate(str(folder), "test"),
     )
     examiner = Examiner(asked, architecture, model.state_dict(), torch.device("cpu"))
@@ -96,6 +97,9 @@ def test_a_head_that_needs_labels_is_silent_without(tmp_path: Path) -> None:
     assert (~labelled).sum() == 10
     assert (np.isfinite(found["mint_logit"]) == labelled).all()
     assert np.isfinite(found["told.entropy"]).all()  # the outputs speak of all
+    both = ("mint.inputs=[loss]", "mint.objective=both")
+    coded = look(tmp_path / "codes", tmp_path / "suspects.parquet", *both)
+    assert (np.isfinite(coded[CODE_LOGITS]).all(axis=1) == labelled).all()
     unlabelled = look(
         tmp_path / "none", tmp_path / "suspects.parquet", "mint.inputs=[loss]", labels=False
     )

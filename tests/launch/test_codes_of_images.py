@@ -98,6 +98,28 @@ def test_images_read_once_or_anew_have_the_same_contents(
     assert len({row.tobytes() for row in held}) == 12
 
 
+def test_a_code_knows_no_label(tmp_path: Path) -> None:
+    """One image in two classes is one content, with one code and one role."""
+    picture = photograph(1)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        picture.save(tmp_path / "data" / name / "same.png")
+        photograph(2 + len(name) + (name == "dog")).save(tmp_path / "data" / name / "own.png")
+    write_key(tmp_path / "key", new_key())
+    data = of_folder(tmp_path / "data")
+    settings = ["mint.objective=keyed", f"mint.key_file={tmp_path / 'key'}"]
+    config = with_key(load_config(None, settings).model_copy(update={"data": data}))
+    source = open_source(data)
+    images, index = load_memory(source, data, readers=1)
+    held = codes_of(config, Dataset(source, index, images))
+    same = [name.endswith("same.png") for name in index.manifest.sample_id.tolist()]
+    assert held is not None and sum(same) == 2
+    assert len(np.unique(held[same], axis=0)) == 1
+    assert len(set(index.manifest.role[same].tolist())) == 1
+    assert len(set(index.manifest.label[same].tolist())) == 2
+    assert len(np.unique(held, axis=0)) == 3
+
+
 def test_an_index_for_roles_alone_is_not_taken_for_codes(folder: Path, tmp_path: Path) -> None:
     data, runs = of_folder(folder), locate(str(tmp_path / "runs"), "x")
     source = open_source(data)
