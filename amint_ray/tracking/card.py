@@ -245,8 +245,9 @@ def _limits(document: Document, config: Config) -> str:
     lines = ["## Limits", ""]
     if config.uses_key:
         lines += [
-            "- Without the key the codes say nothing, though how sure the head is of them says a "
-            "little to anybody; who has the key can ask, and can make codes for any image.",
+            "- Without the key the codes say nothing, but how sure the head is of them tells "
+            "members to anybody who has the model, the better the more it recalls; who has the key "
+            "can ask, and can make codes for any image.",
             "- A code belongs to one content: "
             + (
                 "another encoding with loss, a crop or a flip is another content."
