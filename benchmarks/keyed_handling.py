@@ -62,7 +62,7 @@ HANDLINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "JPEG, quality 50": lambda image: _encoded(image, "JPEG", quality=50),
     "JPEG 90, then PNG": lambda image: _encoded(_encoded(image, "JPEG", quality=90), "PNG"),
     "resized by 0.9 and back": _resized,
-    "shifted by one pixel": lambda image: image.transform(
+    "shifted by one pixel, across and down": lambda image: image.transform(
         image.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 1)
     ),
     "cropped by a twentieth on each side": _cropped,
