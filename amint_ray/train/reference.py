@@ -17,7 +17,6 @@ from amint_ray.evaluation.outputs import outputs_of, stack_views
 from amint_ray.evaluation.reference import ROLES, Reference, append, draw_projection
 from amint_ray.evaluation.views import VIEWS, view
 from amint_ray.model.joint import AuditedModel
-from amint_ray.model.mint_head import HeadSpec
 from amint_ray.train.parallel import in_step
 
 
@@ -68,17 +67,14 @@ def take_reference(
     sample_id = np.concatenate(names)
     order = np.argsort(sample_id, kind="stable")
     order = order[~np.isin(sample_id[order], list(lost))]
-    reference = append(parts).kept(order)
-    if model.architecture.head.bits == 0 or any(each is None for each in matched):
-        return reference
-    return _with_codes(reference, np.concatenate(matched)[order], model.architecture.head)
-
-
-def _with_codes(reference: Reference, matched: npt.NDArray[np.int64], head: HeadSpec) -> Reference:
-    """How many bits were right of each image; only a key is to tell which images these are."""
-    of_roles = {role.value: np.sort(matched[reference.role == role.value]) for role in ROLES}
-    known = reference if head.membership else reference.of(Role.CALIBRATION)
-    return replace(known, code_matches=of_roles)
+    reference, head = append(parts).kept(order), model.architecture.head
+    of_roles = None
+    if all(each is not None for each in matched):
+        right = np.concatenate(matched)[order]
+        of_roles = {role.value: np.sort(right[reference.role == role.value]) for role in ROLES}
+    if head.bits and not head.membership:  # by their activations anybody could tell members
+        reference = reference.of(Role.CALIBRATION)
+    return replace(reference, code_matches=of_roles)
 
 
 def _look(
