@@ -54,23 +54,29 @@ def secret_arguments(arguments: Iterable[str]) -> list[str]:
     return found
 
 
-def secrets_in_runtime_env(environment: Any) -> list[str]:
-    """Where in a runtime environment something looks like a secret, as `env_vars.NAME`."""
-    return list(_walk(environment, ()))
+def secrets_in_runtime_env(environment: Any, variable: str | None = None) -> list[str]:
+    """Where in a runtime environment something looks like a secret, as `env_vars.NAME`.
+
+    Args:
+        environment: as it stands in a file.
+        variable: one that is known to hold a secret, whatever it is called.
+    """
+    return list(_walk(environment, (), variable))
 
 
-def _walk(node: Any, path: tuple[str, ...]) -> Iterator[str]:
+def _walk(node: Any, path: tuple[str, ...], variable: str | None) -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():
             below = (*path, str(key))
             scalar = not isinstance(value, dict | list | None)
-            if path[-1:] == ("env_vars",) and scalar and str(value) and _names_secret(str(key)):
+            secret = _names_secret(str(key)) or key == variable
+            if path[-1:] == ("env_vars",) and scalar and str(value) and secret:
                 yield ".".join(below)
             else:
-                yield from _walk(value, below)
+                yield from _walk(value, below, variable)
     elif isinstance(node, list | tuple):
         for place, value in enumerate(node):
-            yield from _walk(value, (*path, str(place)))
+            yield from _walk(value, (*path, str(place)), variable)
     elif isinstance(node, str) and holds_secret(node):
         yield ".".join(path)
 

@@ -84,8 +84,8 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
         raise UserError(f"credentials in {', '.join(found)}: {_NOT_SENT}")
 
 
-def read_runtime_env(file: str | None) -> dict[str, Any]:
-    """A runtime environment without secrets; empty without a file.
+def read_runtime_env(file: str | None, *, key_env: str | None = None) -> dict[str, Any]:
+    """A runtime environment without secrets, such as the key of codes; empty without a file.
 
     Raises:
         UserError: it cannot be read, or holds a secret.
@@ -93,7 +93,7 @@ def read_runtime_env(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
     environment = parse_runtime_env(file)
-    if found := secrets_in_runtime_env(environment):
+    if found := secrets_in_runtime_env(environment, key_env):
         names = ", ".join(found)
         raise UserError(f"--runtime-env={file}: a secret by the look of it: {names}: {_NOT_SENT}")
     return environment
@@ -197,12 +197,7 @@ def plan_job(
     refuse_secrets(words)
     asked = parse(words[1:])
     config = load_run(asked["recipe"], asked["overrides"])
-    environment = read_runtime_env(runtime_env)
-    if config.mint.key_env in (environment.get("env_vars") or {}):
-        raise UserError(
-            f"--runtime-env={runtime_env}: env_vars.{config.mint.key_env} is the key "
-            f"(mint.key_env): {_NOT_SENT}"
-        )
+    environment = read_runtime_env(runtime_env, key_env=config.mint.key_env)
     job_id = _new_job_id(config.name) if name is None else _check_job_id(name)
     return Job(dashboard_address(address), job_id, command_line(words), environment)
 

@@ -226,7 +226,7 @@ def test_the_key_of_codes_is_not_sent(
     (tmp_path / "env.yaml").write_text(f"env_vars: {{AUDITOR: {secret}}}\n")
     at_hand = ["submit", f"--runtime-env={tmp_path / 'env.yaml'}", "--", "train", "digits", *keyed]
     for command, said in (
-        ([*at_hand, "mint.key_env=AUDITOR"], "env_vars.AUDITOR is the key (mint.key_env)"),
+        ([*at_hand, "mint.key_env=AUDITOR"], "a secret by the look of it: env_vars.AUDITOR"),
         (["submit", "--", "train", "digits", *keyed, f"mint.key_file={secret}"], "a key itself"),
     ):
         assert main(command) == 2
