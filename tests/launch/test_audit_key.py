@@ -19,6 +19,7 @@ from launch.audited import Audited, train_and_write
 from launch.commands import Command
 from launch.silent import Silent
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 import amint_ray
 from amint_ray.audit.suspects import Settings
@@ -28,11 +29,14 @@ from amint_ray.contracts import Role, UserError
 from amint_ray.data.images import perceptual_hash
 from amint_ray.data.keys import codes, image_content, key_fingerprint, perceptual_content, write_key
 from amint_ray.evaluation.keyed import matches, soft_p_values
+from amint_ray.evaluation.metrics import Interval
 from amint_ray.launch.audit_key import check_key, given_key, judge_codes
+from amint_ray.launch.audit_result import Origin, _lines
 from amint_ray.launch.audit_run import _plan, _preprocessing, run_audit
 from amint_ray.launch.audit_suspects import find_suspects
 from amint_ray.launch.audit_worker import CODE_CONTENT, Asked, Examiner
 from amint_ray.storage import locate
+from amint_ray.tracking.folder import Confounders
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 
@@ -159,6 +163,24 @@ def test_a_model_of_codes_alone_says_no_membership_and_keeps_nothing_of_its_memb
         role: int((roles == role).sum()) for role in ("calibration", "member", "withheld")
     }
     assert all((np.diff(matched) >= 0).all() for matched in kept.code_matches.values())
+
+
+def test_how_the_loss_tells_members_is_what_the_run_found(keyed: Keyed) -> None:
+    """The model itself keeps no loss of theirs."""
+    model = amint_ray.load(str(keyed.audited.model))
+    split = Confounders(None, Interval.unknown("nobody looked"))
+    found = {"loss_threshold.member.auc": 0.7, "loss_threshold.member.auc.low": 0.6}
+    found |= {"loss_threshold.member.auc.high": 0.8}
+    lines = _lines(model, Origin("run", {}, found), split, confidence=0.95)
+    assert [lines["loss_member"][name] for name in ("value", "low", "high")] == [0.7, 0.6, 0.8]
+    assert lines["loss"]["value"] is None
+    kept = model.reference
+    assert kept is not None and kept.code_matches is not None
+    area = roc_auc_score(
+        np.repeat([1, 0], [len(kept.code_matches[role]) for role in ("member", "calibration")]),
+        np.concatenate([kept.code_matches[role] for role in ("member", "calibration")]),
+    )
+    assert lines["member"]["value"] == pytest.approx(area)
 
 
 def test_without_its_key_the_head_is_not_asked(keyed: Keyed, tmp_path: Path) -> None:
