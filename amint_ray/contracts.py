@@ -24,6 +24,8 @@ RESERVED_OPTIONS = {
 (a registered model must not depend on one), and what makes something else than a classifier."""
 
 
+MAYBE_KEY = re.compile(r"\b[0-9a-fA-F]{32,}\b")
+"""What may be the key of secret codes itself, in hex, where the name of one is expected."""
 _PLURAL = re.compile(r"(?<![.\w])(image|file|folder)s\b")
 _ONE = r"\1"
 _SAMPLES = re.compile(r"(?<=samples of the batch: )([^;]+?)(?: and (\d+) more)?(?=;|$)")

@@ -22,14 +22,13 @@ from pydantic_core import ErrorDetails
 
 from amint_ray.config.mint_schema import SET_FOR_CODES, set_for_codes
 from amint_ray.config.schema import Config
-from amint_ray.contracts import UserError, first_line
+from amint_ray.contracts import MAYBE_KEY, UserError, first_line
 
 _MOST_LINES = 5
 _LARGEST_FILE = 1_000_000
 _PARTS = "parts/"
 NAME_IN_WORDS = "has letters from a to z, digits, '_' and '-', and begins with a letter or digit"
 """What `is_name` asks for."""
-_MAYBE_KEY = re.compile(r"\b[0-9a-fA-F]{32,}\b")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -320,7 +319,7 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
 
 def _shown(value: Any) -> str:
     """A value cut to what fits into a line; what may be a key of codes is not repeated."""
-    text = _MAYBE_KEY.sub("(not shown: it looks like a key)", repr(value))
+    text = MAYBE_KEY.sub("(not shown: it looks like a key)", repr(value))
     return textwrap.shorten(text, 80, placeholder=" …")[:80]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from amint_ray.config.section import Names, Section, listed
+from amint_ray.contracts import MAYBE_KEY
 
 
 class Keyed(Section):
@@ -90,7 +90,7 @@ class Mint(Section):
     @field_validator("key_file", "key_env")
     @classmethod
     def _no_key_itself(cls, name: str | None) -> str | None:
-        if name is not None and re.fullmatch("[0-9a-fA-F]{32,}", name):
+        if name is not None and MAYBE_KEY.fullmatch(name):
             raise ValueError(
                 "a key itself, by the look of it, which would be recorded; give the name of what "
                 "holds it"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from amint_ray.contracts import UserError, first_line
+from amint_ray.contracts import MAYBE_KEY, UserError, first_line
 
 KEY_BYTES = 32
 """What a new key has: as many as SHA-256 gives."""
@@ -82,7 +82,7 @@ def write_key(path: str | Path, key: bytes) -> None:
     """
     if not Path(path).name:
         raise UserError(f"key file {str(path)!r}: is no name of a file")
-    if _looks_like_key(str(path)):
+    if MAYBE_KEY.fullmatch(str(path)):
         raise UserError(f"key file {_shown(str(path))}; name a file")
     try:
         final = Path(path).expanduser()
@@ -93,7 +93,7 @@ def write_key(path: str | Path, key: bytes) -> None:
                 file.write(key.hex() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: half a key would stand in the way of a whole one
             final.unlink(missing_ok=True)
             raise
     except FileExistsError:
@@ -193,10 +193,6 @@ def _key_of(text: str, where: str) -> bytes:
 
 def _shown(name: str) -> str:
     """A name as an error shows it; a key that was given in its place is not repeated."""
-    if _looks_like_key(name):
+    if MAYBE_KEY.fullmatch(name):
         return "(not shown: it looks like a key itself, and a reference to one is expected)"
     return repr(name)
-
-
-def _looks_like_key(name: str) -> bool:
-    return re.fullmatch(f"[0-9a-fA-F]{{{2 * FEWEST_KEY_BYTES},}}", name) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,11 @@ def test_odd_names_and_links_to_folders_are_counted(tmp_path: Path) -> None:
     image(tmp_path / "elsewhere" / "b.png")
     (suspects / "link").symlink_to(tmp_path / "elsewhere")
     expected = {"links to folders": 1}
-    try:
+    with contextlib.suppress(OSError):  # some file systems want UTF-8
         odd = Path(os.fsdecode(os.fsencode(suspects) + b"/caf\xe9"))
         image(odd / "c.png")
         image(odd.with_name(odd.name + ".png"))
         expected |= {"files not named in UTF-8": 1, "folders not named in UTF-8": 1}
-    except OSError:
-        pass  # this file system wants UTF-8
     watcher = Silent()
     found = find(suspects, watcher)
     assert [found.source.sample_ids(i) for i in range(len(found.source.shards))] == [["1/a.png"]]
