@@ -304,10 +304,12 @@ def _population(search: Search) -> PopulationBasedTraining:
         return arguments
 
     return PopulationBasedTraining(
-        time_attr="epoch",
+        # Not its epoch: members of a search that was started again are not at the same one, and
+        # Tune would wait for ever for somebody to reach one that all have passed.
+        time_attr="round",
         metric="score",
         mode="max",
-        perturbation_interval=algorithm.perturb_every,
+        perturbation_interval=1,
         hyperparam_mutations={"proposal": {"config": mutations}},
         custom_explore_fn=within,
         require_attrs=False,

@@ -70,10 +70,11 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     """Train one configuration, and report each look at its figures to Tune.
 
     A report has `epoch`, `score` (the first objective, larger is better, infeasible below all
-    others; of a plain model there is none), `violation`, `figures` (flat, by name), `entries`
-    (those of the epochs since the last report, for MLflow), `training` (its name), `perturbed` (the
-    values of those keys) and `notices`. A trial that cannot succeed reports `failed`, and why, and
-    is not tried again.
+    others; of a plain model there is none, and of a member of a population only where others can
+    take over its checkpoint, with `round`, how often it has left one), `violation`, `figures`
+    (flat, by name), `entries` (those of the epochs since the last report, for MLflow), `training`
+    (its name), `perturbed` (the values of those keys) and `notices`. A trial that cannot succeed
+    reports `failed`, and why, and is not tried again.
 
     Args:
         config: Tune's name for what it hands a trial; `proposal` has what `Proposals` made.
@@ -92,8 +93,8 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
     silent = trained.tracking.model_copy(update={"enabled": False})
     trained = trained.model_copy(update={"tracking": silent})
     # Its own name: a member of a population may have been given another's proposal.
-    run_name, inherit, handed = _life(given.name, tune.get_context().get_trial_name(), trained)
-    reporter = _Reporter(given, proposal, run_name, handed)
+    run_name, inherit, rounds = _life(given.name, tune.get_context().get_trial_name(), trained)
+    reporter = _Reporter(given, proposal, run_name, rounds)
     try:
         job = Job(
             config=trained,
@@ -121,11 +122,11 @@ def run_trial(config: dict[str, Any], given: Given) -> None:
 
 
 def _life(search: str, trial: str, config: Config) -> tuple[str, ray.train.Checkpoint | None, int]:
-    """Name of the training, the checkpoint of another one that it goes on from, and Tune's epoch.
+    """Name of the training, the checkpoint of another one that it goes on from, and its round.
 
     A trial whose configuration was changed begins a training of its own, from the weights that it
-    took over; one that was only interrupted goes on with what it had. Tune's epoch is that of the
-    checkpoint that it holds of the trial; of a search that was started again it holds none: 0.
+    took over; one that was only interrupted goes on with what it had. The round is that of the
+    checkpoint that Tune holds of the trial; of a search that was started again it holds none: 0.
     """
     run_name = f"{search}-{trial}-{training_fingerprint(config)[:8]}"
     checkpoint = tune.get_checkpoint()
@@ -134,19 +135,19 @@ def _life(search: str, trial: str, config: Config) -> tuple[str, ray.train.Check
     with checkpoint.as_directory() as folder:
         lineage = json.loads((Path(folder) / _LINEAGE).read_text())
     if lineage["run_name"] == run_name:
-        return run_name, None, lineage["epoch"]
+        return run_name, None, lineage["round"]
     inherit = ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem)
-    return run_name, inherit, lineage["epoch"]
+    return run_name, inherit, lineage["round"]
 
 
 class _Reporter:
     """Passes a training's news on to Tune; both its listener and its watcher."""
 
     def __init__(
-        self, given: Given, proposal: Mapping[str, Any], run_name: str, handed: int = 0
+        self, given: Given, proposal: Mapping[str, Any], run_name: str, rounds: int = 0
     ) -> None:
         self._given, self._proposal, self._run_name = given, proposal, run_name
-        self._handed = handed
+        self._rounds = rounds
         self._epoch = 0
         self._entries: list[dict[str, float]] = []
         self._notices: list[str] = []
@@ -181,30 +182,37 @@ class _Reporter:
         }
         self._entries, self._notices = [], []
         every = self._given.hand_over
-        last = self._epoch == self._proposal["config"]["train"]["epochs"]
-        # By its score the scheduler would compare a plain model with the trials; and have a member
-        # of a population that is done take over another's weights, to do nothing with them.
-        if self._proposal["baseline"] or (every and last):
+        if every and not self._proposal["baseline"]:
+            self._exchange(report, whole=self._epoch % every == 0)
+            return
+        if self._proposal["baseline"]:  # the scheduler would compare it with the trials
             del report["score"]
-        # Not only at its multiples: a trial that was interrupted may go on behind one, and Tune
-        # compares it at its first report.
-        if every and not last and self._epoch - self._handed >= every:
-            self._hand_over(report)
-        else:
-            tune.report(report)
+        tune.report(report)
 
-    def _hand_over(self, report: dict[str, Any]) -> None:
-        """Report with the epoch's checkpoint, once it is in storage."""
-        checkpoint = _committed(self._given.runs.below(self._run_name), self._epoch)
-        if checkpoint is None:  # a later report has one
+    def _exchange(self, report: dict[str, Any], *, whole: bool) -> None:
+        """Report as a member of a population; with a score only if others can take over this epoch.
+
+        Tune would have the others wait for one without a checkpoint, and exchange nothing. A member
+        that is done has none: it would take over another's weights, to do nothing with them.
+
+        Args:
+            report: of this epoch.
+            whole: whether as many epochs have passed as lie between two exchanges.
+        """
+        last = self._epoch == self._proposal["config"]["train"]["epochs"]
+        run = self._given.runs.below(self._run_name)
+        checkpoint = _committed(run, self._epoch) if whole and not last else None
+        if checkpoint is None:
+            del report["score"]
             tune.report(report)
             return
-        lineage = {"run_name": self._run_name, "epoch": self._epoch}
+        self._rounds += 1
+        lineage = {"run_name": self._run_name, "round": self._rounds}
         with checkpoint.as_directory() as folder, tempfile.TemporaryDirectory() as name:
             copy = Path(name)
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             (copy / _LINEAGE).write_text(json.dumps(lineage))
-            self._handed = self._epoch
+            report["round"] = self._rounds
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(copy))
 
     def notice(self, text: str) -> None:

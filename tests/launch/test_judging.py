@@ -132,28 +132,34 @@ def test_the_plain_model_has_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("handed", "first", "expected"),
-    [(0, 1, [3, 6]), (0, 5, [5, 8]), (3, 4, [6]), (4, 5, [7])],
+    ("rounds", "first", "expected"),
+    [(0, 1, [(3, 1), (6, 2)]), (0, 5, [(6, 1)]), (1, 4, [(6, 2)]), (1, 5, [(6, 2)])],
     ids=["from-scratch", "search-started-again", "exchanged", "exchanged-late"],
 )
-def test_a_trial_hands_over_once_tune_may_compare_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, handed: int, first: int, expected: list[int]
+def test_a_member_has_a_score_only_with_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rounds: int,
+    first: int,
+    expected: list[tuple[int, int]],
 ) -> None:
     given = replace(GIVEN, runs=place(tmp_path), hand_over=3)
     arguments = {"baseline": False, "plain": {}, "config": {"train": {"epochs": 9}}}
-    reporter = trials._Reporter(given, arguments, "search-t", handed)
-    told: list[int] = []
+    reporter = trials._Reporter(given, arguments, "search-t", rounds)
+    told: list[tuple[int, int]] = []
     committed = SimpleNamespace(as_directory=lambda: nullcontext(str(tmp_path / "committed")))
     (tmp_path / "committed").mkdir()
 
     def report(report: dict[str, Any], checkpoint: Any = None) -> None:
+        assert ("score" in report) == ("round" in report) == (checkpoint is not None)
         if checkpoint is not None:
-            told.append(report["epoch"])
+            told.append((report["epoch"], report["round"]))
             lineage = json.loads((Path(checkpoint.path) / "lineage.json").read_text())
-            assert lineage == {"run_name": "search-t", "epoch": report["epoch"]}
+            assert lineage == {"run_name": "search-t", "round": report["round"]}
 
     monkeypatch.setattr(tune, "report", report)
-    monkeypatch.setattr(trials, "_committed", lambda run, epoch: committed)
+    # As a training has them that is told to leave one every three epochs.
+    monkeypatch.setattr(trials, "_committed", lambda run, at: None if at % 3 else committed)
     for epoch in range(first, 10):
         reporter.hear({"phase": "epoch", "epoch": epoch, "selection." + AUC: 0.5})
     assert told == expected
