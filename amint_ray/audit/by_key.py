@@ -22,13 +22,14 @@ from amint_ray.audit.verdict import Judgement
 from amint_ray.audit.words import CANNOT_SHOW, SHOWS, reason
 from amint_ray.contracts import Role
 from amint_ray.evaluation.calibration import benjamini_hochberg
-from amint_ray.evaluation.keyed import hard_p_values, match_rate, matches, soft_p_values
+from amint_ray.evaluation.keyed import hard_p_values, matches, soft_p_values
 from amint_ray.evaluation.keyed_collection import (
     Collection,
     collection_test,
     images_needed,
     share_of_members,
 )
+from amint_ray.evaluation.keyed_rates import match_rate
 from amint_ray.evaluation.metrics import Interval, proportion
 from amint_ray.evaluation.outputs import Scores
 from amint_ray.evaluation.reference import Reference

@@ -23,11 +23,11 @@ from amint_ray.evaluation.keyed import (
     Logits,
     Scores,
     checked,
-    match_rate,
     matches,
     on_grid,
     soft_p_values,
 )
+from amint_ray.evaluation.keyed_rates import match_rate
 from amint_ray.evaluation.metrics import Interval
 
 _SMALLEST = float(np.finfo(np.float64).tiny)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from amint_ray.config.schema import Evaluation
 from amint_ray.contracts import Role, ScoreTable
-from amint_ray.evaluation import keyed, metrics
+from amint_ray.evaluation import keyed_rates, metrics
 from amint_ray.evaluation.calibration import threshold_at
 from amint_ray.evaluation.keyed_collection import images_needed
 from amint_ray.evaluation.metrics import Interval
@@ -168,11 +168,11 @@ def keyed_figures(table: ScoreTable, config: Evaluation, *, of: Role) -> dict[st
     bits, confidence = int(table.code_bits.max(initial=1)), config.confidence
 
     def shares(p: Scores) -> dict[str, Any]:
-        levels = keyed.tpr_at_p(p, bits=bits, confidence=confidence)
+        levels = keyed_rates.tpr_at_p(p, bits=bits, confidence=confidence)
         return {level: share.as_dict() for level, share in levels.items()}
 
     def rate(matches: npt.NDArray[np.int64]) -> dict[str, Any]:
-        return keyed.match_rate(matches, bits=bits, confidence=confidence).as_dict()
+        return keyed_rates.match_rate(matches, bits=bits, confidence=confidence).as_dict()
 
     # One weight for all bits: then what counts is their number.
     right = (np.arange(bits) < mine.code_matches[:, None]).astype(np.int64)

@@ -13,12 +13,11 @@ from amint_ray.evaluation.keyed import (
     LEVELS,
     hard_p_values,
     log_likelihood_ratio,
-    match_rate,
     matches,
     on_grid,
     soft_p_values,
-    tpr_at_p,
 )
+from amint_ray.evaluation.keyed_rates import match_rate, tpr_at_p
 from amint_ray.evaluation.metrics import proportion
 
 

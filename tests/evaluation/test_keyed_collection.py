@@ -10,7 +10,7 @@ import pytest
 from scipy.special import gammaln, logsumexp
 from scipy.stats import binom, norm
 
-from amint_ray.evaluation.keyed import hard_p_values, match_rate, matches, on_grid, soft_p_values
+from amint_ray.evaluation.keyed import hard_p_values, matches, on_grid, soft_p_values
 from amint_ray.evaluation.keyed_collection import (
     approximate_p,
     collection_test,
@@ -19,6 +19,7 @@ from amint_ray.evaluation.keyed_collection import (
     log_p_missing_at_most,
     share_of_members,
 )
+from amint_ray.evaluation.keyed_rates import match_rate
 
 
 def names(n: int) -> list[bytes]:
