@@ -99,6 +99,18 @@ class AttackPlan:
         return numbers * len(self.edits) * _BYTES_A_NUMBER
 
 
+def teaches_codes(config: Config, settings: AttackSettings, needs: Collection[str]) -> bool:
+    """Whether shadow models learn images' codes as the run did, for which its key is needed.
+
+    Args:
+        config: the run's configuration.
+        settings: of the attack.
+        needs: what the methods read.
+    """
+    alike = settings.shadows > 0 and settings.shadow_loss == "same"
+    return config.uses_key and alike and "shadows" in needs
+
+
 def plan_attack(
     config: Config,
     settings: AttackSettings,

@@ -19,11 +19,11 @@ from amint_ray.launch.attack_checks import (
     possible_methods,
 )
 from amint_ray.launch.attack_parts import Done, check_disk, resources_of, run
-from amint_ray.launch.attack_plan import AttackPlan, plan_attack
+from amint_ray.launch.attack_plan import AttackPlan, plan_attack, teaches_codes
 from amint_ray.launch.attack_result import conclude
 from amint_ray.launch.claim import alone_at
 from amint_ray.launch.cluster import address_of, connect
-from amint_ray.launch.codes import with_key
+from amint_ray.launch.codes import keyless, with_key
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.earlier import check_overrides, check_same
 from amint_ray.launch.prepare import check, put_data, with_streams
@@ -69,8 +69,10 @@ def run_attack(
     wanted = possible_methods(chosen(methods), settings, watcher, named=named)
     check_overrides(rest, purpose=_PURPOSE, also=("attack",))
     target = find_target(uri, rest, watcher, purpose=_PURPOSE)
-    config = with_key(one_worker(target.earlier.config))
-    checked = check(config, watcher)
+    config = one_worker(target.earlier.config)
+    coded = teaches_codes(config, settings, _needs(wanted))
+    config = with_key(config) if coded else config
+    checked = check(config if coded else keyless(config), watcher)
     checkpoints = _checkpoints(checked.storage, target, watcher) if settings.snapshots else []
     manifest = target.earlier.manifest
 
@@ -108,7 +110,7 @@ def run_attack(
             check_disk(plan.place, plan.bytes_needed)
         with alone_at(plan.place, "attack", watcher):
             # Ray's object store then has the images, and this process no more.
-            data = put_data(plan.config, dataset)
+            data = put_data(plan.config if coded else keyless(plan.config), dataset)
             dataset = None
             done = _run(plan, data, target, watcher)
             document = conclude(plan, target.earlier, wanted, done, watcher, uri=uri)

@@ -42,6 +42,13 @@ def with_key(config: Config) -> Config:
     return config.model_copy(update={"mint": mint.model_copy(update={"keyed": keyed})})
 
 
+def keyless(config: Config) -> Config:
+    """The configuration for what reads a run's images and teaches nobody their codes."""
+    mint = config.mint.model_copy(update={"key_file": None, "key_env": None})
+    loss = config.loss.model_copy(update={"lambda_mint": 0.0})
+    return config.model_copy(update={"mint": mint, "loss": loss})
+
+
 def codes_of(config: Config, dataset: Dataset) -> Codes | None:
     """(n, 64) of 0 and 1 in the index's order: a search may try several lengths.
 

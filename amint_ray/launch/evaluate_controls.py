@@ -39,7 +39,7 @@ from amint_ray.launch.attack_plan import AttackPlan, plan_attack
 from amint_ray.launch.attack_worker import Look, Part
 from amint_ray.launch.claim import alone_at
 from amint_ray.launch.cluster import address_of, connect
-from amint_ray.launch.codes import with_key
+from amint_ray.launch.codes import keyless, with_key
 from amint_ray.launch.dataset import find_source, index_on_ray, load_here
 from amint_ray.launch.earlier import Earlier, check_same
 from amint_ray.launch.evaluate_worker import GIVEN, hash_images, look_at_strangers, score_again
@@ -126,8 +126,9 @@ def ask_on_ray(
     import ray
 
     target = load_target(uri, earlier)
-    config = with_key(one_worker(earlier.config))
-    checked = check(config, watcher)
+    config = one_worker(earlier.config)
+    config = with_key(config) if asked.anew else config
+    checked = check(config if asked.anew else keyless(config), watcher)
     given = None
     if asked.ood is not None:
         watcher.phase(f"reading {asked.ood}")
@@ -147,7 +148,7 @@ def ask_on_ray(
         plan = _plan(attack, asked, given, checked.storage)
         # Scores made anew are files, too, which another evaluation would take for its own.
         with alone_at(attack.place, "evaluate", watcher):
-            data = put_data(attack.config, dataset)
+            data = put_data(attack.config if asked.anew else keyless(attack.config), dataset)
             dataset = None  # Ray's object store then has the images, and this process no more
             if given is not None:
                 data["strangers"] = ray.put(given)

@@ -18,6 +18,7 @@ from amint_ray.attacks.methods import METHODS
 from amint_ray.attacks.table import QUESTIONS, measure_scores, read_attack_scores
 from amint_ray.config.load import load_config
 from amint_ray.contracts import UserError, leaves
+from amint_ray.data.keys import write_key
 from amint_ray.launch import attack_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -28,6 +29,7 @@ RECIPE = [
     # Half of the pool is D: each image is in two of four shadow models.
     "data.shares={member: 0.3, withheld: 0.1, external: 0.2, calibration: 0.15, test: 0.25}",
 ]
+CODES = ["mint.objective=both", "mint.key_file=audit.key"]
 SETTINGS = [f"attack.shadows={SHADOWS}", "attack.edits=false"]
 PARTS = {"model-000", "blind", "passive", "twin"} | {
     f"{kind}-{number:03d}" for kind in ("joint", "plain") for number in range(SHADOWS)
@@ -72,7 +74,8 @@ class Attacked:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.run = Command(folder, ["train", *RECIPE, "--json"]).document()
+        write_key(folder / "audit.key", bytes(range(32)))
+        self.run = Command(folder, ["train", *RECIPE, *CODES, "--json"]).document()
         arguments = ["attack", self.run["model_uri"], *SETTINGS, "--json"]
         self.killed = Command(folder, arguments)
         self.killed.wait_until(lambda: any(name.startswith("joint-") for name in parts(folder)))
@@ -249,3 +252,19 @@ def test_nothing_is_left_beside_what_is_kept(attacked: Attacked) -> None:
     left = {path.name for path in attacked.kept.parent.iterdir()}
     assert left == {attacked.kept.name, "model-000.npz", "blind.npz", "passive.npz", "twin.npz"}
     assert attacked.command.leftovers() == []
+
+
+def test_only_who_teaches_codes_needs_the_key(attacked: Attacked) -> None:
+    elsewhere = [attacked.run["model_uri"], *SETTINGS, "mint.key_file=nowhere.key"]
+    arguments = ["attack", *elsewhere, "--json"]
+    taught = Command(attacked.folder, [*arguments, "--methods=lira_offline"])
+    untaught = Command(attacked.folder, [*arguments, "--methods=yeom"])
+    assert taught.wait() == 2
+    assert "amint: key file 'nowhere.key': is not there" in taught.stderr
+    assert "starting Ray" not in taught.stderr
+    document = untaught.document()
+    assert list(document["methods"]) == ["yeom"]
+    for question in ("member", "withheld"):
+        before = attacked.document["methods"]["yeom"][question]
+        assert document["methods"]["yeom"][question] == before
+    assert document["seconds"]["parts_by_name"] == {}
