@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SEARCH = """
 recipe: digits
 settings:
-  train.epochs: 12
+  train.epochs: 9
   train.schedule: constant
   data.confounder_check: false
   cluster.workers: 2
 space:
   loss.lambda_mint: {loguniform: [0.01, 3.0]}
   train.lr: {loguniform: [1.0e-4, 1.0e-2]}
-algorithm: {name: pbt, perturb_every: 4}
+algorithm: {name: pbt, perturb_every: 3}
 scheduler: {name: none}
 budget: {trials: 2}
 final: {seeds: 0}
