@@ -18,7 +18,7 @@ from amint_ray.config.search import Search
 from amint_ray.config.search_schema import Constraint, Objective
 from amint_ray.launch import trial as trials
 from amint_ray.launch.children import Children, Where
-from amint_ray.launch.follower import Follower, create_scheduler
+from amint_ray.launch.follower import Follower, _population, create_scheduler
 from amint_ray.launch.ledger import Ledger, TrialRecord
 from amint_ray.launch.trial import Given, judged, plain_at
 
@@ -163,6 +163,49 @@ def test_a_member_has_a_score_only_with_a_checkpoint(
     for epoch in range(first, 10):
         reporter.hear({"phase": "epoch", "epoch": epoch, "selection." + AUC: 0.5})
     assert told == expected
+
+
+EPOCH_OF = {"ahead": 8, "behind": 4}
+
+
+@pytest.mark.parametrize("better", ["ahead", "behind"])
+def test_members_at_different_epochs_exchange_and_go_on(tmp_path: Path, better: str) -> None:
+    """As after a search was started again: Tune's scheduler, and a controller that runs none."""
+    pbt = ["algorithm.name=pbt", "scheduler.name=none", "algorithm.perturb_every=4"]
+    rates = {"loss.lambda_mint": {"loguniform": [0.1, 1.0]}, "train.lr": {"uniform": [0.1, 1.0]}}
+    scheduler = _population(searched(tmp_path, *pbt, space=rates))
+    members = {name: tune.experiment.Trial("s", trial_id=name, stub=True) for name in EPOCH_OF}
+    live = list(members.values())
+    saved: Any = SimpleNamespace(
+        search_alg=None,
+        get_trials=lambda: live,
+        get_live_trials=lambda: live,
+        pause_trial=lambda trial, **_: trial.set_status("PAUSED"),
+        _schedule_trial_save=lambda trial, result: f"of {trial.trial_id}",
+    )
+    for trial in live:
+        trial.set_config(
+            {"proposal": {"config": {"loss": {"lambda_mint": 0.5}, "train": {"lr": 0.5}}}}
+        )
+        scheduler.on_trial_add(saved, trial)
+        trial.set_status("RUNNING")
+    for number in (1, 2):
+        before = {name: trial.config for name, trial in members.items()}
+        for name, trial in members.items():
+            report = {"epoch": EPOCH_OF[name] * number, "score": float(name == better)}
+            word = scheduler.on_trial_result(saved, trial, {**report, "round": number})
+            if word == "PAUSE":
+                held = tune.Checkpoint.from_directory(tmp_path)
+                trial.set_status("PAUSED")
+                result = SimpleNamespace(checkpoint=held, metrics={})
+                trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
+        changed = {name for name, trial in members.items() if trial.config != before[name]}
+        assert changed == set(members) - {better}
+        for _ in live:
+            chosen = scheduler.choose_trial_to_run(saved)
+            assert chosen is not None
+            chosen.set_status("RUNNING")
+        assert [trial.status for trial in live] == ["RUNNING"] * 2
 
 
 EPOCHS = (3, 6, 9, 12, 27)
