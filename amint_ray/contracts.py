@@ -25,7 +25,8 @@ RESERVED_OPTIONS = {
 
 
 MAYBE_KEY = re.compile(r"\b[0-9a-fA-F]{32,}\b")
-"""What may be the key of secret codes itself, in hex, where the name of one is expected."""
+"""What may be the key of secret codes itself, in hex, where the name of one is expected; the
+shortest key that is taken has as many digits."""
 _PLURAL = re.compile(r"(?<![.\w])(image|file|folder)s\b")
 _ONE = r"\1"
 _SAMPLES = re.compile(r"(?<=samples of the batch: )([^;]+?)(?: and (\d+) more)?(?=;|$)")

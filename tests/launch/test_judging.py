@@ -132,15 +132,22 @@ def test_the_plain_model_has_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "first", "expected"),
-    [(0, 1, [(3, 1), (6, 2)]), (0, 5, [(6, 1)]), (1, 4, [(6, 2)]), (1, 5, [(6, 2)])],
-    ids=["from-scratch", "search-started-again", "exchanged", "exchanged-late"],
+    ("rounds", "first", "gone", "expected"),
+    [
+        (0, 1, 0, [(3, 1), (6, 2)]),
+        (0, 5, 0, [(6, 1)]),
+        (1, 4, 0, [(6, 2)]),
+        (1, 5, 0, [(6, 2)]),
+        (0, 1, 3, [(6, 1)]),
+    ],
+    ids=["from-scratch", "search-started-again", "exchanged", "exchanged-late", "one-is-gone"],
 )
 def test_a_member_has_a_score_only_with_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     rounds: int,
     first: int,
+    gone: int,
     expected: list[tuple[int, int]],
 ) -> None:
     given = replace(GIVEN, runs=place(tmp_path), hand_over=3)
@@ -157,9 +164,12 @@ def test_a_member_has_a_score_only_with_a_checkpoint(
             lineage = json.loads((Path(checkpoint.path) / "lineage.json").read_text())
             assert lineage == {"run_name": "search-t", "round": report["round"]}
 
+    def at(run: Any, epoch: int) -> Any:
+        assert epoch % 3 == 0, "it would be waited for, and there is none"
+        return None if epoch == gone else committed
+
     monkeypatch.setattr(tune, "report", report)
-    # As a training has them that is told to leave one every three epochs.
-    monkeypatch.setattr(trials, "_committed", lambda run, at: None if at % 3 else committed)
+    monkeypatch.setattr(trials, "_committed", at)
     for epoch in range(first, 10):
         reporter.hear({"phase": "epoch", "epoch": epoch, "selection." + AUC: 0.5})
     assert told == expected
