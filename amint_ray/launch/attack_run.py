@@ -72,7 +72,7 @@ def run_attack(
     config = one_worker(target.earlier.config)
     coded = teaches_codes(config, settings, _needs(wanted))
     config = with_key(config) if coded else config
-    checked = check(config, watcher)
+    checked = check(config if coded else keyless(config), watcher)
     checkpoints = _checkpoints(checked.storage, target, watcher) if settings.snapshots else []
     manifest = target.earlier.manifest
 

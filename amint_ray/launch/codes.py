@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from amint_ray.config.schema import Config
@@ -43,7 +44,13 @@ def with_key(config: Config) -> Config:
 
 
 def keyless(config: Config) -> Config:
-    """The configuration for what reads a run's images and teaches nobody their codes."""
+    """The configuration for what reads a run's images and teaches nobody their codes.
+
+    A variable that holds a key is taken out of what later processes inherit all the same.
+    """
+    if config.mint.key_env in os.environ:
+        with contextlib.suppress(UserError):  # what is no key is not wanted either
+            take_key(key_file=None, key_env=config.mint.key_env)
     mint = config.mint.model_copy(update={"key_file": None, "key_env": None})
     loss = config.loss.model_copy(update={"lambda_mint": 0.0})
     return config.model_copy(update={"mint": mint, "loss": loss})

@@ -128,7 +128,7 @@ def ask_on_ray(
     target = load_target(uri, earlier)
     config = one_worker(earlier.config)
     config = with_key(config) if asked.anew else config
-    checked = check(config, watcher)
+    checked = check(config if asked.anew else keyless(config), watcher)
     given = None
     if asked.ood is not None:
         watcher.phase(f"reading {asked.ood}")

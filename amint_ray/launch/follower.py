@@ -276,6 +276,30 @@ def _score(search: Search, entry: Mapping[str, float]) -> float:
     return score - penalty(entry.get("violation"))
 
 
+class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray tells no types
+    """Lets those go on who wait for one that ended, which Tune, looking at reports alone, does not.
+
+    A member of a search that was started again may have no checkpoint left to report, and one that
+    fails reports nothing more.
+    """
+
+    _next_perturbation_sync: int
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, trial, result)
+        self._no_longer_wait_for(trial, tune_controller)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_error(tune_controller, trial)
+        self._no_longer_wait_for(trial, tune_controller)
+
+    def _no_longer_wait_for(self, ended: Any, tune_controller: Any) -> None:
+        others = [trial for trial in tune_controller.get_live_trials() if trial is not ended]
+        rounds = [self._trial_state[trial].last_train_time for trial in others]
+        if rounds and min(rounds) >= self._next_perturbation_sync:
+            self._next_perturbation_sync = max(rounds) + 1
+
+
 def _population(search: Search) -> PopulationBasedTraining:
     algorithm = search.spec.algorithm
     mutations: dict[str, Any] = {}
@@ -303,7 +327,7 @@ def _population(search: Search) -> PopulationBasedTraining:
             at[name] = min(max(at[name], parameter.low), parameter.high)
         return arguments
 
-    return PopulationBasedTraining(
+    return _Population(
         # Not its epoch: members of a search that was started again are not at the same one, and
         # Tune would wait for ever for somebody to reach one that all have passed.
         time_attr="round",

@@ -17,7 +17,7 @@ from amint_ray.data.orders import stream_count
 from amint_ray.data.roles import Manifest
 from amint_ray.data.transforms import Views
 from amint_ray.launch.cluster import address_of, local_cores
-from amint_ray.launch.codes import codes_of
+from amint_ray.launch.codes import codes_of, with_key
 from amint_ray.launch.dataset import Dataset, confounders
 from amint_ray.launch.knock import check_address
 from amint_ray.launch.room import Machine, plan_workers
@@ -73,12 +73,13 @@ class Checked:
 
 
 def check(config: Config, watcher: Watcher) -> Checked:
-    """Check everything but the data and the key, cheapest first.
+    """Check everything but the data, cheapest first.
 
     Raises:
         UserError: something was found wrong.
     """
     watcher.phase("checking the configuration")
+    with_key(config)
     storage = locate(config.storage.path, "storage.path", attempts=STORAGE_ATTEMPTS)
     check_writable(storage, "storage.path")
     uri = tracking_uri()

@@ -116,7 +116,7 @@ def with_its_key(search: Search) -> Search:
         search.base,
         *(search.config(settings) for settings in probes(search.space)[:_MOST_ARCHITECTURES]),
     ]
-    keyed = next((config for config in tried if config.uses_key), None)
+    keyed = next((config for config in tried if config.wants_codes), None)
     if keyed is None:
         return search
     own = f"mint.keyed.fingerprint={with_key(keyed).mint.keyed.fingerprint}"

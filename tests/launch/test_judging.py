@@ -178,44 +178,82 @@ def test_a_member_has_a_score_only_with_a_checkpoint(
 EPOCH_OF = {"ahead": 8, "behind": 4}
 
 
+class Population:
+    """Two members at different epochs, as after a search was started again.
+
+    Tune's scheduler, and a controller that runs none of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pbt = ["algorithm.name=pbt", "scheduler.name=none", "algorithm.perturb_every=4"]
+        both = {"loguniform": [0.1, 1.0]}
+        space = {"loss.lambda_mint": both, "train.lr": both}
+        self.scheduler = _population(searched(folder, *pbt, space=space))
+        self.members = {
+            name: tune.experiment.Trial("s", trial_id=name, stub=True) for name in EPOCH_OF
+        }
+        self.live = list(self.members.values())
+        self.folder = folder
+        self.controller: Any = SimpleNamespace(
+            search_alg=None,
+            get_trials=lambda: list(self.members.values()),
+            get_live_trials=lambda: self.live,
+            pause_trial=lambda trial, **_: trial.set_status("PAUSED"),
+            _schedule_trial_save=lambda trial, result: f"of {trial.trial_id}",
+        )
+        for trial in self.live:
+            config = {"loss": {"lambda_mint": 0.5}, "train": {"lr": 0.5}}
+            trial.set_config({"proposal": {"config": config}})
+            self.scheduler.on_trial_add(self.controller, trial)
+            trial.set_status("RUNNING")
+
+    def report(self, name: str, number: int, *, better: bool) -> None:
+        trial = self.members[name]
+        report = {"epoch": EPOCH_OF[name] * number, "score": float(better), "round": number}
+        if self.scheduler.on_trial_result(self.controller, trial, report) == "PAUSE":
+            trial.set_status("PAUSED")
+            held = tune.Checkpoint.from_directory(self.folder)
+            result: Any = SimpleNamespace(checkpoint=held, metrics={})
+            trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
+
+
 @pytest.mark.parametrize("better", ["ahead", "behind"])
 def test_members_at_different_epochs_exchange_and_go_on(tmp_path: Path, better: str) -> None:
-    """As after a search was started again: Tune's scheduler, and a controller that runs none."""
-    pbt = ["algorithm.name=pbt", "scheduler.name=none", "algorithm.perturb_every=4"]
-    rates = {"loss.lambda_mint": {"loguniform": [0.1, 1.0]}, "train.lr": {"uniform": [0.1, 1.0]}}
-    scheduler = _population(searched(tmp_path, *pbt, space=rates))
-    members = {name: tune.experiment.Trial("s", trial_id=name, stub=True) for name in EPOCH_OF}
-    live = list(members.values())
-    saved: Any = SimpleNamespace(
-        search_alg=None,
-        get_trials=lambda: live,
-        get_live_trials=lambda: live,
-        pause_trial=lambda trial, **_: trial.set_status("PAUSED"),
-        _schedule_trial_save=lambda trial, result: f"of {trial.trial_id}",
-    )
-    for trial in live:
-        trial.set_config(
-            {"proposal": {"config": {"loss": {"lambda_mint": 0.5}, "train": {"lr": 0.5}}}}
-        )
-        scheduler.on_trial_add(saved, trial)
-        trial.set_status("RUNNING")
+    population = Population(tmp_path)
     for number in (1, 2):
-        before = {name: trial.config for name, trial in members.items()}
-        for name, trial in members.items():
-            report = {"epoch": EPOCH_OF[name] * number, "score": float(name == better)}
-            word = scheduler.on_trial_result(saved, trial, {**report, "round": number})
-            if word == "PAUSE":
-                held = tune.Checkpoint.from_directory(tmp_path)
-                trial.set_status("PAUSED")
-                result = SimpleNamespace(checkpoint=held, metrics={})
-                trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
-        changed = {name for name, trial in members.items() if trial.config != before[name]}
-        assert changed == set(members) - {better}
-        for _ in live:
-            chosen = scheduler.choose_trial_to_run(saved)
+        before = {name: trial.config for name, trial in population.members.items()}
+        for name in population.members:
+            population.report(name, number, better=name == better)
+        members = population.members.items()
+        assert {name for name, trial in members if trial.config != before[name]} == set(
+            population.members
+        ) - {better}
+        for _ in population.live:
+            chosen = population.scheduler.choose_trial_to_run(population.controller)
             assert chosen is not None
             chosen.set_status("RUNNING")
-        assert [trial.status for trial in live] == ["RUNNING"] * 2
+        assert [trial.status for trial in population.live] == ["RUNNING"] * 2
+
+
+@pytest.mark.parametrize("how", ["done", "failed"])
+def test_nobody_waits_for_a_member_that_has_ended(tmp_path: Path, how: str) -> None:
+    """Not even where it never came as far as to be compared."""
+    population = Population(tmp_path)
+    scheduler, controller = population.scheduler, population.controller
+    population.report("behind", 1, better=True)
+    assert scheduler.choose_trial_to_run(controller) is None
+    ended = population.members["ahead"]
+    if how == "done":
+        scheduler.on_trial_complete(controller, ended, {})
+    else:
+        scheduler.on_trial_error(controller, ended)
+    population.live.remove(ended)
+    ended.set_status("TERMINATED")
+    left = population.members["behind"]
+    assert scheduler.choose_trial_to_run(controller) is left
+    left.set_status("RUNNING")
+    population.report("behind", 2, better=True)
+    assert scheduler.choose_trial_to_run(controller) is left
 
 
 EPOCHS = (3, 6, 9, 12, 27)
