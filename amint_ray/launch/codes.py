@@ -48,9 +48,10 @@ def keyless(config: Config) -> Config:
 
     A variable that holds a key is taken out of what later processes inherit all the same.
     """
-    if config.mint.key_env in os.environ:
+    variable = config.mint.key_env
+    if variable is not None:
         with contextlib.suppress(UserError):  # what is no key is not wanted either
-            take_key(key_file=None, key_env=config.mint.key_env)
+            take_key(key_file=None, key_env=variable)
     mint = config.mint.model_copy(update={"key_file": None, "key_env": None})
     loss = config.loss.model_copy(update={"lambda_mint": 0.0})
     return config.model_copy(update={"mint": mint, "loss": loss})

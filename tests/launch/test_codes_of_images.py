@@ -29,7 +29,7 @@ from amint_ray.data.keys import image_content, key_fingerprint, new_key, write_k
 from amint_ray.data.memory import load_memory
 from amint_ray.data.sources import open_source
 from amint_ray.data.transforms import Views
-from amint_ray.launch.codes import codes_of, with_key
+from amint_ray.launch.codes import codes_of, keyless, with_key
 from amint_ray.launch.dataset import Dataset
 from amint_ray.launch.search_plan import with_its_key
 from amint_ray.storage import locate
@@ -330,3 +330,15 @@ def test_a_search_for_codes_has_one_key_for_all_trials(tmp_path: Path) -> None:
     assert named.base.mint.keyed.fingerprint == trial.mint.keyed.fingerprint == own
     assert named.base.wants_codes
     assert trial.data.shares == named.base.data.shares
+
+
+@pytest.mark.parametrize("value", ["0a" * 32, "no key"])
+def test_where_no_key_is_needed_none_is_left_to_other_processes(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("SPARE_KEY", value)
+    config = load_config("digits", ["mint.objective=both", "mint.key_env=SPARE_KEY"])
+    assert config.wants_codes and not keyless(config).wants_codes
+    assert ("SPARE_KEY" in os.environ) == (value == "no key")
+    by_file = load_config("digits", ["mint.objective=both", "mint.key_file=nowhere"])
+    assert by_file.wants_codes and not keyless(by_file).wants_codes
